@@ -1,0 +1,101 @@
+# The two other libraries that the headers use. Used by the build and,
+# installed, by find_package(peft).
+
+include_guard(GLOBAL)
+
+# Makes <target>, a header-only library in <folder>.
+function(_peft_header_target target folder)
+  add_library(${target} INTERFACE IMPORTED GLOBAL)
+  set_target_properties(${target} PROPERTIES
+                        INTERFACE_INCLUDE_DIRECTORIES "${folder}")
+endfunction()
+
+# Makes <target>, a name for what find_package or the project calls <other>.
+function(_peft_alias_target target other)
+  get_target_property(imported ${other} IMPORTED)
+  if(imported)
+    get_target_property(folder ${other} INTERFACE_INCLUDE_DIRECTORIES)
+    get_target_property(definitions ${other} INTERFACE_COMPILE_DEFINITIONS)
+    if(folder)
+      _peft_header_target(${target} "${folder}")
+      if(definitions)
+        set_target_properties(${target} PROPERTIES
+                              INTERFACE_COMPILE_DEFINITIONS "${definitions}")
+      endif()
+      return()
+    endif()
+  endif()
+  add_library(${target} INTERFACE IMPORTED GLOBAL)
+  set_target_properties(${target} PROPERTIES INTERFACE_LINK_LIBRARIES ${other})
+endfunction()
+
+# peft::fmt, header-only: LibTorch brings fmt's headers, and they come first on
+# the include path, so a compiled fmt of another version could not be linked.
+function(peft_find_fmt problem)
+  set(${problem} "" PARENT_SCOPE)
+  if(TARGET peft::fmt)
+    return()
+  endif()
+  if(PEFT_LIBTORCH_ROOT AND EXISTS "${PEFT_LIBTORCH_ROOT}/include/fmt/format.h")
+    _peft_header_target(peft::fmt "${PEFT_LIBTORCH_ROOT}/include")
+    set_target_properties(peft::fmt PROPERTIES
+                          INTERFACE_COMPILE_DEFINITIONS FMT_HEADER_ONLY)
+    return()
+  endif()
+  if(NOT TARGET fmt::fmt-header-only)
+    find_package(fmt CONFIG QUIET)
+  endif()
+  if(TARGET fmt::fmt-header-only)
+    _peft_alias_target(peft::fmt fmt::fmt-header-only)
+    return()
+  endif()
+  set(folder "")
+  set(why "")
+  if(COMMAND peft_fetch_fmt)
+    peft_fetch_fmt(folder why)
+  endif()
+  if(NOT folder)
+    set(${problem} "fmt: apt-get install libfmt-dev, or pass \
+-DCMAKE_PREFIX_PATH=DIR${why}" PARENT_SCOPE)
+    return()
+  endif()
+  _peft_header_target(peft::fmt "${folder}")
+  set_target_properties(peft::fmt PROPERTIES
+                        INTERFACE_COMPILE_DEFINITIONS FMT_HEADER_ONLY)
+endfunction()
+
+# peft::json: nlohmann-json, 3.11 or later.
+function(peft_find_json problem)
+  set(${problem} "" PARENT_SCOPE)
+  if(TARGET peft::json)
+    return()
+  endif()
+  if(NOT TARGET nlohmann_json::nlohmann_json)
+    find_package(nlohmann_json 3.11 CONFIG QUIET)
+  endif()
+  if(TARGET nlohmann_json::nlohmann_json)
+    _peft_alias_target(peft::json nlohmann_json::nlohmann_json)
+    return()
+  endif()
+  find_path(PEFT_JSON_INCLUDE_DIR nlohmann/json.hpp HINTS ${PEFT_JSON_HINT})
+  mark_as_advanced(PEFT_JSON_INCLUDE_DIR)
+  set(folder "")
+  if(PEFT_JSON_INCLUDE_DIR)
+    file(STRINGS "${PEFT_JSON_INCLUDE_DIR}/nlohmann/json.hpp" lines
+         REGEX "version 3\\.(1[1-9]|[2-9][0-9])" LIMIT_COUNT 1)
+    if(lines)
+      set(folder "${PEFT_JSON_INCLUDE_DIR}")
+    endif()
+  endif()
+  set(why "")
+  if(NOT folder AND COMMAND peft_fetch_json)
+    peft_fetch_json(folder why)
+    set(PEFT_JSON_FETCHED "${folder}" CACHE INTERNAL "installed beside libpeft")
+  endif()
+  if(NOT folder)
+    set(${problem} "nlohmann-json 3.11 or later: apt-get install \
+nlohmann-json3-dev, or pass -DCMAKE_PREFIX_PATH=DIR${why}" PARENT_SCOPE)
+    return()
+  endif()
+  _peft_header_target(peft::json "${folder}")
+endfunction()
