@@ -208,8 +208,8 @@ function(_peft_libtorch_target root version)
   if(NOT TARGET Threads::Threads)
     set(THREADS_PREFER_PTHREAD_FLAG ON)
     find_package(Threads REQUIRED)
+    set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
   endif()
-  set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
 
   # Imported, so its include folders are system ones: no warnings from them.
   add_library(peft::libtorch INTERFACE IMPORTED GLOBAL)
