@@ -3,6 +3,21 @@
 /// libpeft: fine-tune any LibTorch network by training a small part of it.
 ///
 /// The include list is in reading order: say what to tune, put it on a model,
-/// train, keep, ship.
+/// what then runs, train, keep, ship.
 
 #include <peft/version.h>
+
+#include <peft/core/targets.h>
+#include <peft/core/delta.h>
+#include <peft/core/adapted_weight.h>
+#include <peft/core/attach.h>
+#include <peft/core/adapter.h>
+#include <peft/core/active.h>
+#include <peft/core/merge.h>
+#include <peft/core/clone.h>
+#include <peft/core/freeze.h>
+#include <peft/core/summary.h>
+
+#include <peft/functional/lora.h>
+
+#include <peft/methods/lora.h>

@@ -1,0 +1,1106 @@
+#pragma once
+
+// An adapted weight: a plain tensor with a tag.
+//
+// The tag is an out-of-core dispatch key together with a c10::BackendMeta that
+// points to the shared state of the site (core/site.h). Every operator that
+// meets a tagged tensor comes here first:
+//
+//   value of a tagged tensor  =  the base with the active deltas applied
+//   kernels                   :  linear, matmul, mm, addmm, t, embedding, conv:
+//                                the same value without building the weight
+//   fallback                  :  every other operator gets the value, built
+//                                differentiably; views stay views of the base;
+//                                writes reach the base
+//
+// Tensors without the tag pay nothing: nothing is registered before the first
+// attach, and nothing global is looked up after it. This is the only file that
+// knows the key.
+
+#include <peft/core/site.h>
+#include <peft/detail/platform.h>
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/python/update_graph_executor_opt.h>
+#include <torch/csrc/jit/runtime/interpreter.h>
+#include <torch/library.h>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#ifndef PEFT_DISPATCH_KEY
+/// Reserved by PyTorch for libraries outside its core, above Autocast and
+/// Autograd. TESTING_ONLY_GenericWrapper behaves the same and is the spare.
+#define PEFT_DISPATCH_KEY DeferredInit
+#endif
+
+namespace peft {
+
+namespace detail {
+
+constexpr auto kAdaptedKey = c10::DispatchKey::PEFT_DISPATCH_KEY;
+
+/// Raised whenever Site, Delta or AdaptedMeta change their layout: two
+/// libraries of one process must agree on it.
+constexpr int64_t kAdaptedAbi =
+    1 * 1000 + static_cast<int64_t>(c10::DispatchKey::PEFT_DISPATCH_KEY);
+
+/// Internal linkage on purpose: every library that can make a tag must stay
+/// mapped, because tags and kernels outlive dlclose.
+[[maybe_unused]] static const bool kPinned = [] {
+  static const char here = 0;
+  return keep_loaded(&here);
+}();
+
+// ----------------------------------------------------------------------------
+// The tag
+// ----------------------------------------------------------------------------
+
+struct AdaptedMeta : c10::BackendMeta {
+  explicit AdaptedMeta(std::shared_ptr<Site> s) : site(std::move(s)) {}
+
+  std::shared_ptr<Site> site;
+  /// Made by detach(): the value carries no gradient.
+  bool cut = false;
+  /// The tensor is the weight itself, rows of it, or the transpose of either:
+  /// the fast paths apply. Other views only materialise.
+  bool matrix = true;
+  bool transposed = false;
+  Rows rows;
+  /// A view: value = view(value of root). `root` is the untagged base, so that
+  /// no tag refers to its own tensor.
+  Tensor root;
+  std::function<Tensor(const Tensor&)> view;
+  /// Set on the source of a set_data, which wears the tag only while its
+  /// contents are copied.
+  c10::weak_intrusive_ptr<c10::TensorImpl> lender{
+      c10::intrusive_ptr<c10::TensorImpl>()};
+};
+
+/// Names a protected member of TensorImpl through a derived class, which
+/// standard C++ allows.
+struct KeySetAccess : c10::TensorImpl {
+  static c10::DispatchKeySet& of(c10::TensorImpl& impl) {
+    return impl.*(&KeySetAccess::key_set_);
+  }
+};
+
+inline void remove_tag(const Tensor& t) {
+  auto* impl = t.unsafeGetTensorImpl();
+  auto& keys = KeySetAccess::of(*impl);
+  keys = keys - c10::DispatchKeySet(kAdaptedKey);
+  if (impl->get_backend_meta() != nullptr) {
+    impl->set_backend_meta(nullptr);
+  }
+}
+
+inline void ensure_registered();
+
+inline void set_tag(const Tensor& t, c10::intrusive_ptr<AdaptedMeta> meta) {
+  auto* impl = t.unsafeGetTensorImpl();
+  impl->set_backend_meta(std::move(meta));
+  auto& keys = KeySetAccess::of(*impl);
+  keys = keys | c10::DispatchKeySet(kAdaptedKey);
+}
+
+/// The tag of `t`, or null for a plain tensor.
+inline AdaptedMeta* tag_of(const Tensor& t) {
+  if (!t.defined()) {
+    return nullptr;
+  }
+  auto* impl = t.unsafeGetTensorImpl();
+  if (!impl->key_set().has(kAdaptedKey)) {
+    return nullptr;
+  }
+  auto* meta = static_cast<AdaptedMeta*>(impl->get_backend_meta());
+  if (meta != nullptr && meta->lender._unsafe_get_target() == impl) {
+    remove_tag(t); // lent to a set_data that is over
+    return nullptr;
+  }
+  return meta;
+}
+
+using NoTagGuard = c10::impl::ExcludeDispatchKeyGuard;
+
+/// An untagged alias of the base: same storage, same version counter. It is
+/// part of the graph only where the base itself trains.
+inline Tensor base_of(const Tensor& t) {
+  NoTagGuard guard(kAdaptedKey);
+  Tensor alias = t.requires_grad() && at::GradMode::is_enabled()
+      ? at::alias(t)
+      : t.detach();
+  remove_tag(alias);
+  return alias;
+}
+
+// ----------------------------------------------------------------------------
+// Values
+// ----------------------------------------------------------------------------
+
+/// Backward through a merged adapter would leave its parameters without
+/// gradients in silence; this node says so instead.
+struct MergedBarrier : torch::autograd::Function<MergedBarrier> {
+  static Tensor forward(
+      torch::autograd::AutogradContext* ctx,
+      Tensor y,
+      const Tensor& /*anchor*/,
+      const std::string& name) {
+    ctx->saved_data["name"] = name;
+    ctx->mark_dirty({y});
+    return y;
+  }
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx,
+      const torch::autograd::variable_list& /*grads*/) {
+    TORCH_CHECK(
+        false,
+        "peft: adapter '",
+        ctx->saved_data["name"].toStringRef(),
+        "' is merged and cannot train: call unmerge() before the training "
+        "step, or freeze the adapter's parameters");
+  }
+};
+
+/// Puts the barrier behind a result made from a weight with a merged adapter.
+inline Tensor guard_merged(Tensor fresh, const Site& site) {
+  if (site.merge_order.empty() || !at::GradMode::is_enabled()) {
+    return fresh;
+  }
+  const AdapterState* adapter = site.merged_trainable();
+  if (adapter == nullptr) {
+    return fresh;
+  }
+  Tensor anchor;
+  for (const auto& entry : site.entries) {
+    for (const auto& p : entry.delta->parameters()) {
+      if (entry.adapter.get() == adapter && p.requires_grad()) {
+        anchor = p;
+      }
+    }
+  }
+  return MergedBarrier::apply(fresh, anchor, adapter->name);
+}
+
+/// TorchScript's profiling executor replays a recorded graph in which the
+/// adapter's parameters do not occur, so from the second run on they would get
+/// no gradient. Refused on every run.
+inline void refuse_optimised_torchscript(const Tensor& y) {
+  TORCH_CHECK(
+      !(y.requires_grad() && torch::jit::getGraphExecutorOptimize() &&
+        !torch::jit::currentCallstack().empty()),
+      "peft: TorchScript's optimising executor drops the gradients of an "
+      "adapter. Train inside `torch::jit::GraphOptimizerEnabledGuard "
+      "guard(false);`, or run inference under torch::NoGradGuard");
+}
+
+/// The weight that `site` makes of the plain tensor `weight`, which has the
+/// orientation it had at attach.
+inline Tensor apply_deltas(const Site& site, const Tensor& weight) {
+  TORCH_CHECK(
+      weight.sizes() == at::IntArrayRef(site.sizes),
+      "peft: an adapted weight changed its shape from ",
+      at::IntArrayRef(site.sizes),
+      " to ",
+      weight.sizes(),
+      " under its adapter; detach the adapter before changing the shape");
+  const ActiveEntries active = site.active(weight);
+  if (active.empty()) {
+    return site.merge_order.empty() || !at::GradMode::is_enabled()
+        ? weight
+        : guard_merged(weight.clone(), site);
+  }
+  auto dtype = weight.scalar_type();
+  for (const auto& entry : active) {
+    if (auto d = entry.delta->dtype()) {
+      dtype = c10::promoteTypes(dtype, *d);
+    }
+  }
+  Tensor value = weight.to(dtype);
+  for (const auto& entry : active) {
+    value = entry.delta->effective(value, entry.scale);
+  }
+  refuse_optimised_torchscript(value);
+  return value.to(weight.scalar_type());
+}
+
+/// The value of a tagged tensor, as a plain one. Call it with the key excluded.
+inline Tensor value_of(const Tensor& t, const AdaptedMeta& meta) {
+  const std::shared_ptr<Site> site = meta.site;
+  Tensor value;
+  if (meta.view) {
+    value = meta.view(apply_deltas(*site, meta.root));
+  } else if (meta.transposed) {
+    value = apply_deltas(*site, base_of(t).t()).t();
+  } else {
+    value = apply_deltas(*site, base_of(t));
+  }
+  return meta.cut ? value.detach() : value;
+}
+
+inline Tensor plain(const Tensor& t) {
+  auto* meta = tag_of(t);
+  return meta == nullptr ? t : value_of(t, *meta);
+}
+
+inline std::optional<Tensor> plain(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(plain(*t)) : std::nullopt;
+}
+
+/// The tensor whose storage decides whether a merge has reached `t`.
+inline const Tensor& root_of(const Tensor& t, const AdaptedMeta& meta) {
+  return meta.view ? meta.root : t;
+}
+
+/// Applies the output transforms that sit on the bias behind `meta`.
+inline Tensor apply_outputs(
+    const Tensor& bias,
+    const AdaptedMeta* meta,
+    Tensor y) {
+  if (meta == nullptr || !meta->site->has_output()) {
+    return y;
+  }
+  const std::shared_ptr<Site> site = meta->site;
+  // The user's callable may hold adapted layers: the key is active again.
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  c10::impl::ForceDispatchKeyGuard guard(
+      tls.included_, tls.excluded_.remove(kAdaptedKey));
+  for (const auto& entry : site->active_outputs(root_of(bias, *meta))) {
+    y = entry.delta->output(y, entry.scale);
+  }
+  return y;
+}
+
+// ----------------------------------------------------------------------------
+// Fast paths
+// ----------------------------------------------------------------------------
+
+inline Tensor run_linear(
+    const ActiveEntries& active,
+    size_t level,
+    const LinearCall& call) {
+  if (level == 0) {
+    return at::linear(call.x, call.weight, call.bias);
+  }
+  auto next = [&](const LinearCall& c) {
+    return run_linear(active, level - 1, c);
+  };
+  const auto& entry = active[level - 1];
+  return entry.delta->linear(call, {next, level == 1}, entry.scale);
+}
+
+inline Tensor run_embedding(
+    const ActiveEntries& active,
+    size_t level,
+    const EmbeddingCall& call) {
+  if (level == 0) {
+    return at::embedding(
+        call.weight, call.indices, call.padding_idx, call.scale_grad_by_freq);
+  }
+  auto next = [&](const EmbeddingCall& c) {
+    return run_embedding(active, level - 1, c);
+  };
+  const auto& entry = active[level - 1];
+  return entry.delta->embedding(call, {next, level == 1}, entry.scale);
+}
+
+inline Tensor run_convolution(
+    const ActiveEntries& active,
+    size_t level,
+    const ConvolutionCall& call) {
+  if (level == 0) {
+    return functional::convolution(call.x, call.weight, call.bias, call.args);
+  }
+  auto next = [&](const ConvolutionCall& c) {
+    return run_convolution(active, level - 1, c);
+  };
+  const auto& entry = active[level - 1];
+  return entry.delta->convolution(call, {next, level == 1}, entry.scale);
+}
+
+template <class Capability>
+bool all_have(const ActiveEntries& active, Capability capability) {
+  for (const auto& entry : active) {
+    if (!(entry.delta->*capability)()) {
+      return false;
+    }
+  }
+  return !active.empty();
+}
+
+/// y = x Mᵀ + b with M = w, or M = wᵀ where the operator multiplies by w as it
+/// is. Undefined where there is no fast path: the caller takes the value.
+inline Tensor fast_linear(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    bool multiplies_by_w) {
+  auto* meta = tag_of(w);
+  if (meta == nullptr || !meta->matrix || meta->cut || w.dim() != 2 ||
+      x.dim() < 2) {
+    return {};
+  }
+  const std::shared_ptr<Site> site = meta->site;
+  const ActiveEntries active = site->active(root_of(w, *meta));
+  if (!all_have(active, &Delta::has_linear)) {
+    return {};
+  }
+  // Without gradients nothing is saved, and the tensor itself will do.
+  Tensor matrix = at::GradMode::is_enabled() ? base_of(w) : w;
+  if (multiplies_by_w) {
+    matrix = matrix.t();
+  }
+  LinearCall call{
+      x, matrix, bias, meta->rows, multiplies_by_w != meta->transposed};
+  Tensor y = run_linear(active, active.size(), call);
+  refuse_optimised_torchscript(y);
+  return guard_merged(std::move(y), *site);
+}
+
+/// Result of an operator whose weight has only merged (or no active) adapters.
+inline Tensor guard_result(Tensor y, const Tensor& w) {
+  auto* meta = tag_of(w);
+  return meta == nullptr ? y : guard_merged(std::move(y), *meta->site);
+}
+
+/// The plain tensor to hand to the base operator: the value, except that a
+/// weight without an active adapter is the base itself, with no copy behind a
+/// barrier (guard_result puts the barrier behind the output instead).
+inline Tensor operand(const Tensor& t) {
+  auto* meta = tag_of(t);
+  if (meta == nullptr) {
+    return t;
+  }
+  if (meta->site->active(root_of(t, *meta)).empty()) {
+    return base_of(t);
+  }
+  return value_of(t, *meta);
+}
+
+inline Tensor linear_kernel(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias) {
+  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
+  NoTagGuard guard(kAdaptedKey);
+  const Tensor input = plain(x);
+  const auto b = plain(bias);
+  Tensor y = fast_linear(input, w, b, /*multiplies_by_w=*/false);
+  if (!y.defined()) {
+    y = guard_result(at::linear(input, operand(w), b), w);
+  }
+  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
+}
+
+inline Tensor matmul_kernel(const Tensor& x, const Tensor& w) {
+  NoTagGuard guard(kAdaptedKey);
+  const Tensor input = plain(x);
+  Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
+  return y.defined() ? y : guard_result(at::matmul(input, operand(w)), w);
+}
+
+inline Tensor mm_kernel(const Tensor& x, const Tensor& w) {
+  NoTagGuard guard(kAdaptedKey);
+  const Tensor input = plain(x);
+  Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
+  return y.defined() ? y : guard_result(at::mm(input, operand(w)), w);
+}
+
+inline Tensor addmm_kernel(
+    const Tensor& bias,
+    const Tensor& x,
+    const Tensor& w,
+    const at::Scalar& beta,
+    const at::Scalar& alpha) {
+  auto* bias_meta = tag_of(bias);
+  NoTagGuard guard(kAdaptedKey);
+  const Tensor input = plain(x);
+  const Tensor b = plain(bias);
+  Tensor y;
+  if (b.dim() == 1 && beta.toComplexDouble() == 1. &&
+      alpha.toComplexDouble() == 1.) {
+    y = fast_linear(input, w, b, /*multiplies_by_w=*/true);
+  }
+  if (!y.defined()) {
+    y = guard_result(at::addmm(b, input, operand(w), beta, alpha), w);
+  }
+  return apply_outputs(bias, bias_meta, std::move(y));
+}
+
+inline Tensor& add__kernel(
+    Tensor& self,
+    const Tensor& other,
+    const at::Scalar& alpha) {
+  auto* meta = tag_of(other);
+  const bool writes_weight = tag_of(self) != nullptr;
+  NoTagGuard guard(kAdaptedKey);
+  if (meta == nullptr) {
+    return self.add_(other, alpha);
+  }
+  if (writes_weight) { // a read that aliases the write must see the base
+    return self.add_(
+        self.is_alias_of(other) ? base_of(other) : plain(other), alpha);
+  }
+  if (!meta->site->active_outputs(root_of(other, *meta)).empty()) {
+    return self.copy_(
+        apply_outputs(other, meta, at::add(self, plain(other), alpha)));
+  }
+  return self.add_(plain(other), alpha);
+}
+
+inline Tensor embedding_kernel(
+    const Tensor& w,
+    const Tensor& indices,
+    int64_t padding_idx,
+    bool scale_grad_by_freq,
+    bool sparse) {
+  auto* meta = tag_of(w);
+  NoTagGuard guard(kAdaptedKey);
+  if (meta != nullptr && meta->matrix && !meta->cut && !meta->transposed) {
+    const std::shared_ptr<Site> site = meta->site;
+    const ActiveEntries active = site->active(root_of(w, *meta));
+    // Sliced tables count their rows from elsewhere: they take the value.
+    if (!meta->view && all_have(active, &Delta::has_embedding) &&
+        !w.requires_grad()) {
+      EmbeddingCall call{
+          base_of(w), plain(indices), padding_idx, scale_grad_by_freq};
+      Tensor y = run_embedding(active, active.size(), call);
+      refuse_optimised_torchscript(y);
+      return guard_merged(std::move(y), *site);
+    }
+  }
+  const Tensor table = operand(w);
+  // A dense function of the adapter has no sparse gradient to give.
+  const bool can_be_sparse = sparse && (meta == nullptr || table.is_leaf());
+  return guard_result(
+      at::embedding(
+          table,
+          plain(indices),
+          padding_idx,
+          scale_grad_by_freq,
+          can_be_sparse),
+      w);
+}
+
+[[noreturn]] inline Tensor& embedding_renorm__kernel(
+    Tensor& /*w*/,
+    const Tensor& /*indices*/,
+    double max_norm,
+    double /*norm_type*/) {
+  TORCH_CHECK(
+      false,
+      "peft: an embedding with max_norm (here ",
+      max_norm,
+      ") rewrites its frozen weight on every call and cannot be adapted; "
+      "clear max_norm");
+}
+
+inline Tensor adapted_convolution(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    const functional::ConvolutionArgs& args) {
+  auto* meta = tag_of(w);
+  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
+  NoTagGuard guard(kAdaptedKey);
+  const Tensor input = plain(x);
+  const auto b = plain(bias);
+  Tensor y;
+  if (meta != nullptr && meta->matrix && !meta->cut && !meta->view) {
+    const std::shared_ptr<Site> site = meta->site;
+    const ActiveEntries active = site->active(w);
+    if (all_have(active, &Delta::has_convolution)) {
+      const Tensor kernel = at::GradMode::is_enabled() ? base_of(w) : w;
+      y = run_convolution(active, active.size(), {input, kernel, b, args});
+      refuse_optimised_torchscript(y);
+      y = guard_merged(std::move(y), *site);
+    }
+  }
+  if (!y.defined()) {
+    y = guard_result(functional::convolution(input, operand(w), b, args), w);
+  }
+  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
+}
+
+/// conv1d, conv2d and conv3d differ only in the rank of their weight.
+inline Tensor convolution_kernel(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups) {
+  return adapted_convolution(
+      x, w, bias, {stride, padding, dilation, groups, {}});
+}
+
+inline Tensor convolution_padding_kernel(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef stride,
+    std::string_view padding,
+    at::IntArrayRef dilation,
+    int64_t groups) {
+  return adapted_convolution(
+      x, w, bias, {stride, {}, dilation, groups, padding});
+}
+
+// ----------------------------------------------------------------------------
+// What keeps the tag: t, to, detach, set_data
+// ----------------------------------------------------------------------------
+
+/// A tag like `meta` for another tensor of the same kind of view.
+inline c10::intrusive_ptr<AdaptedMeta> same_tag(const AdaptedMeta& meta) {
+  auto copy = c10::make_intrusive<AdaptedMeta>(meta.site);
+  copy->cut = meta.cut;
+  copy->matrix = meta.matrix;
+  copy->transposed = meta.transposed;
+  copy->rows = meta.rows;
+  copy->root = meta.root;
+  copy->view = meta.view;
+  return copy;
+}
+
+/// weight.t() stands in every F::linear, so it is spared the fallback.
+inline Tensor t_kernel(const Tensor& w) {
+  auto* meta = tag_of(w);
+  NoTagGuard guard(kAdaptedKey);
+  Tensor result = at::t(w);
+  if (meta == nullptr) {
+    return result;
+  }
+  auto tag = same_tag(*meta);
+  if (w.dim() == 2) {
+    if (meta->view) {
+      tag->view = [chain = meta->view](const Tensor& e) {
+        return chain(e).t();
+      };
+    }
+    tag->transposed = !meta->transposed;
+  }
+  set_tag(result, std::move(tag));
+  return result;
+}
+
+/// The base moved to another device or dtype keeps its adapter; a call that
+/// changes nothing returns the same tensor.
+template <class Move>
+Tensor moved(const Tensor& self, Move&& move) {
+  auto* meta = tag_of(self);
+  NoTagGuard guard(kAdaptedKey);
+  if (meta == nullptr) {
+    return move(self);
+  }
+  if (meta->view) {
+    return move(value_of(self, *meta));
+  }
+  Tensor source = base_of(self);
+  Tensor result = move(source);
+  if (result.is_same(source)) {
+    return self;
+  }
+  set_tag(result, same_tag(*meta));
+  return result;
+}
+
+inline Tensor to_device_kernel(
+    const Tensor& self,
+    at::Device device,
+    at::ScalarType dtype,
+    bool non_blocking,
+    bool copy,
+    std::optional<at::MemoryFormat> format) {
+  return moved(self, [&](const Tensor& b) {
+    return b.to(device, dtype, non_blocking, copy, format);
+  });
+}
+
+inline Tensor to_dtype_kernel(
+    const Tensor& self,
+    at::ScalarType dtype,
+    bool non_blocking,
+    bool copy,
+    std::optional<at::MemoryFormat> format) {
+  return moved(self, [&](const Tensor& b) {
+    return b.to(dtype, non_blocking, copy, format);
+  });
+}
+
+inline Tensor to_dtype_layout_kernel(
+    const Tensor& self,
+    std::optional<at::ScalarType> dtype,
+    std::optional<at::Layout> layout,
+    std::optional<at::Device> device,
+    std::optional<bool> pin_memory,
+    bool non_blocking,
+    bool copy,
+    std::optional<at::MemoryFormat> format) {
+  return moved(self, [&](const Tensor& b) {
+    return b.to(
+        dtype, layout, device, pin_memory, non_blocking, copy, format);
+  });
+}
+
+inline Tensor detach_kernel(const Tensor& self) {
+  auto* meta = tag_of(self);
+  NoTagGuard guard(kAdaptedKey);
+  Tensor result = self.detach();
+  if (meta != nullptr) {
+    auto tag = same_tag(*meta);
+    tag->cut = true;
+    set_tag(result, std::move(tag));
+  }
+  return result;
+}
+
+/// set_data asks this before it copies the contents of `from` into `self`, tag
+/// and all; so `from` wears the tag for the moment of the copy.
+inline bool has_compatible_shallow_copy_type_kernel(
+    const Tensor& self,
+    const Tensor& from) {
+  auto* meta = tag_of(self);
+  const bool from_is_plain = tag_of(from) == nullptr;
+  NoTagGuard guard(kAdaptedKey);
+  const bool compatible = at::_has_compatible_shallow_copy_type(self, from);
+  if (compatible && meta != nullptr && from_is_plain) {
+    auto tag = same_tag(*meta);
+    tag->lender = c10::weak_intrusive_ptr<c10::TensorImpl>(
+        from.getIntrusivePtr());
+    set_tag(from, std::move(tag));
+  }
+  return compatible;
+}
+
+// ----------------------------------------------------------------------------
+// Fallback
+// ----------------------------------------------------------------------------
+
+template <class F>
+void for_each_tensor(const c10::IValue& value, F&& f) {
+  if (value.isTensor()) {
+    f(value.toTensor());
+  } else if (value.isList()) {
+    for (const c10::IValue& element : value.toListRef()) {
+      if (element.isTensor()) {
+        f(element.toTensor());
+      }
+    }
+  }
+}
+
+template <class F>
+c10::IValue map_tensors(const c10::IValue& value, F&& f) {
+  if (value.isTensor()) {
+    return f(value.toTensor());
+  }
+  if (value.isList()) {
+    c10::impl::GenericList list(value.toList().elementType());
+    for (const c10::IValue& element : value.toListRef()) {
+      list.push_back(
+          element.isTensor() ? c10::IValue(f(element.toTensor())) : element);
+    }
+    return list;
+  }
+  return value;
+}
+
+inline bool holds_tag(const c10::IValue& value) {
+  bool found = false;
+  for_each_tensor(
+      value, [&](const Tensor& t) { found = found || tag_of(t) != nullptr; });
+  return found;
+}
+
+inline bool is_written(const c10::Argument& argument) {
+  return argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+}
+
+/// Decides from the strides whether `view` of `parent` (both plain) is again
+/// rows of the matrix or its transpose, and notes it in `tag`.
+inline void classify_view(
+    const Tensor& parent,
+    const Tensor& view,
+    AdaptedMeta& tag) {
+  const bool typed = view.scalar_type() == parent.scalar_type() &&
+      view.layout() == parent.layout();
+  if (!tag.matrix || !typed) {
+    tag.matrix = false;
+    return;
+  }
+  const auto offset = view.storage_offset() - parent.storage_offset();
+  if (view.sizes() == parent.sizes() && view.strides() == parent.strides() &&
+      offset == 0) {
+    return; // an alias
+  }
+  tag.matrix = false;
+  if (parent.dim() != 2 || view.dim() != 2) {
+    return;
+  }
+  if (offset == 0 && view.size(0) == parent.size(1) &&
+      view.size(1) == parent.size(0) && view.stride(0) == parent.stride(1) &&
+      view.stride(1) == parent.stride(0)) {
+    tag.matrix = true;
+    tag.transposed = !tag.transposed;
+    return;
+  }
+  // Rows of the matrix are columns of its transpose.
+  const int64_t along = tag.transposed ? 1 : 0;
+  const auto step = parent.stride(along);
+  if (view.size(1 - along) != parent.size(1 - along) ||
+      view.stride(1 - along) != parent.stride(1 - along) ||
+      view.stride(along) != step || step <= 0 || offset < 0 ||
+      offset % step != 0) {
+    return;
+  }
+  const auto begin = offset / step;
+  if (begin + view.size(along) <= parent.size(along)) {
+    tag.matrix = true;
+    tag.rows = {
+        tag.rows.begin + begin, tag.rows.begin + begin + view.size(along)};
+  }
+}
+
+/// A view operator on one tagged tensor: the result is a real view of the base
+/// that carries the tag, so writes reach the base and nothing is built until
+/// the value is needed. Returns false where the operator copied.
+inline bool lazy_view(
+    const c10::OperatorHandle& op,
+    torch::jit::Stack* stack,
+    size_t argument) {
+  const size_t count = op.schema().arguments().size();
+  std::vector<c10::IValue> inputs(stack->end() - count, stack->end());
+  const Tensor self = inputs[argument].toTensor();
+  const AdaptedMeta& meta = *tag_of(self);
+  const Tensor parent = base_of(self);
+
+  torch::jit::Stack outputs(inputs.begin(), inputs.end());
+  outputs[argument] = parent;
+  op.callBoxed(&outputs);
+  bool aliases = true;
+  for (const auto& output : outputs) {
+    bool any = false;
+    for_each_tensor(output, [&](const Tensor& o) {
+      any = true;
+      aliases = aliases && o.is_alias_of(parent);
+    });
+    aliases = aliases && any;
+  }
+  if (!aliases) {
+    return false;
+  }
+
+  inputs[argument] = c10::IValue(); // the replay must not keep the tensor
+  auto replay = [op, inputs, argument](const Tensor& e) {
+    torch::jit::Stack s(inputs.begin(), inputs.end());
+    s[argument] = e;
+    op.callBoxed(&s);
+    return s;
+  };
+  const bool stored_transposed = !meta.view && meta.transposed;
+  const Tensor root = meta.view ? meta.root
+      : stored_transposed       ? parent.t()
+                                : parent;
+  const auto chain = meta.view;
+  auto wrap = [&](const Tensor& output, size_t index, int64_t element) {
+    if (output.is_same(parent)) {
+      return self;
+    }
+    auto tag = same_tag(meta);
+    classify_view(parent, output, *tag);
+    tag->root = root;
+    tag->view = [replay, chain, stored_transposed, index, element](
+                    const Tensor& e) {
+      const Tensor before = chain ? chain(e) : stored_transposed ? e.t() : e;
+      const c10::IValue result = replay(before)[index];
+      return element < 0 ? result.toTensor()
+                         : result.toListRef()[element].toTensor();
+    };
+    remove_tag(output);
+    set_tag(output, std::move(tag));
+    return output;
+  };
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    int64_t element = outputs[i].isTensor() ? -1 : 0;
+    outputs[i] = map_tensors(outputs[i], [&](const Tensor& o) {
+      return wrap(o, i, element < 0 ? element : element++);
+    });
+  }
+  torch::jit::drop(*stack, count);
+  for (auto& output : outputs) {
+    stack->push_back(std::move(output));
+  }
+  return true;
+}
+
+/// Operators that only ask for the shape or the type.
+inline bool reads_metadata(const std::string& name) {
+  static const std::unordered_set<std::string> names{
+      "aten::size",         "aten::sym_size",     "aten::stride",
+      "aten::sym_stride",   "aten::numel",        "aten::sym_numel",
+      "aten::dim",          "aten::is_complex",   "aten::is_floating_point",
+      "aten::is_signed",    "aten::is_same_size", "aten::is_contiguous",
+      "aten::empty_like",   "aten::zeros_like",   "aten::ones_like",
+      "aten::full_like",    "aten::rand_like",    "aten::randn_like",
+      "aten::new_empty",    "aten::new_zeros",    "aten::new_ones",
+      "aten::new_full",     "aten::result_type",  "aten::can_cast",
+      "aten::_version",     "aten::is_leaf",      "aten::output_nr",
+      "aten::is_inference", "aten::requires_grad_"};
+  return names.count(name) != 0;
+}
+
+/// In-place changes of shape, under which an adapter would no longer fit.
+inline bool changes_shape(const std::string& name) {
+  static const std::unordered_set<std::string> names{
+      "aten::t_",         "aten::transpose_", "aten::swapaxes_",
+      "aten::swapdims_",  "aten::squeeze_",   "aten::unsqueeze_",
+      "aten::as_strided_", "aten::resize_",   "aten::resize_as_",
+      "aten::set_",       "aten::swap_"};
+  return names.count(name) != 0;
+}
+
+/// Where a bias carries an output transform: operators whose result is the
+/// layer's output, and operators that merely read the bias.
+inline bool adds_bias(const std::string& name) {
+  static const std::unordered_set<std::string> names{
+      "aten::add",
+      "aten::convolution",
+      "aten::conv_transpose1d",
+      "aten::conv_transpose2d",
+      "aten::conv_transpose3d",
+      "aten::layer_norm"};
+  return names.count(name) != 0;
+}
+inline bool only_reads_bias(const std::string& name) {
+  static const std::unordered_set<std::string> names{
+      "aten::clone",
+      "aten::copy_",
+      "aten::equal",
+      "aten::allclose",
+      "aten::norm",
+      "aten::isfinite",
+      "aten::_to_copy"};
+  return names.count(name) != 0 || reads_metadata(name);
+}
+
+inline void fallback(
+    const c10::OperatorHandle& op,
+    c10::DispatchKeySet,
+    torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const auto& name = schema.name();
+  const auto& arguments = schema.arguments();
+  const size_t count = arguments.size();
+  const size_t first = stack->size() - count;
+
+  size_t tagged = 0;
+  bool writes_tagged = false;
+  std::optional<size_t> viewed;
+  std::vector<Tensor> written;
+  Tensor output_bias;
+  for (size_t i = 0; i < count; ++i) {
+    const c10::IValue& value = (*stack)[first + i];
+    const bool writes = is_written(arguments[i]);
+    if (writes) {
+      for_each_tensor(
+          value, [&](const Tensor& t) { written.push_back(t); });
+    }
+    if (!holds_tag(value)) {
+      continue;
+    }
+    ++tagged;
+    writes_tagged = writes_tagged || writes;
+    if (!writes && arguments[i].alias_info() != nullptr && value.isTensor()) {
+      viewed = i;
+    }
+    for_each_tensor(value, [&](const Tensor& t) {
+      auto* meta = tag_of(t);
+      if (meta != nullptr && meta->site->has_output() &&
+          !meta->site->active_outputs(root_of(t, *meta)).empty()) {
+        output_bias = t;
+      }
+    });
+  }
+  TORCH_CHECK(
+      !(writes_tagged && changes_shape(name)),
+      "peft: ",
+      name,
+      " would change the shape of an adapted weight in place; merge or detach "
+      "the adapter first");
+
+  NoTagGuard guard(kAdaptedKey);
+
+  bool returns_view = false;
+  for (const auto& result : schema.returns()) {
+    returns_view = returns_view ||
+        (result.alias_info() != nullptr && !result.alias_info()->isWrite());
+  }
+  if (tagged == 1 && !writes_tagged && viewed && returns_view &&
+      lazy_view(op, stack, *viewed)) {
+    return;
+  }
+
+  const bool bias_add =
+      output_bias.defined() && !writes_tagged && adds_bias(name);
+  TORCH_CHECK(
+      !output_bias.defined() || writes_tagged || bias_add ||
+          only_reads_bias(name),
+      "peft: an adapter acts where this bias is added, and ",
+      name,
+      " does not say where the layer's output is; attach it to a layer that "
+      "adds its bias by linear, conv or +");
+
+  for (size_t i = 0; i < count; ++i) {
+    c10::IValue& value = (*stack)[first + i];
+    if (!holds_tag(value)) {
+      continue;
+    }
+    if (is_written(arguments[i])) {
+      if (!value.isTensor()) { // a list: its elements are written in place
+        value = map_tensors(value, [](const Tensor& t) {
+          return tag_of(t) == nullptr ? t : base_of(t);
+        });
+      }
+      continue; // a tensor: writes land on the base, and it is returned as is
+    }
+    value = map_tensors(value, [&](const Tensor& t) -> Tensor {
+      if (tag_of(t) == nullptr) {
+        return t;
+      }
+      for (const Tensor& w : written) {
+        if (w.defined() && w.is_alias_of(t)) {
+          return base_of(t); // w.mul_(w) must not write the delta into w
+        }
+      }
+      return reads_metadata(name) ? base_of(t) : plain(t);
+    });
+  }
+  op.callBoxed(stack);
+  if (bias_add) {
+    Tensor y = stack->back().toTensor();
+    stack->back() =
+        apply_outputs(output_bias, tag_of(output_bias), std::move(y));
+  }
+}
+
+// ----------------------------------------------------------------------------
+// Registration: on the first attach, once a process, never undone
+// ----------------------------------------------------------------------------
+
+/// True once kernels of this version stand in the dispatcher; an error when
+/// another version's do.
+inline bool find_registration() {
+  auto marker = c10::Dispatcher::singleton().findSchema({"peft::_abi", ""});
+  if (!marker) {
+    return false;
+  }
+  torch::jit::Stack stack;
+  marker->callBoxed(&stack);
+  TORCH_CHECK(
+      stack[0].toInt() == kAdaptedAbi,
+      "peft: two libraries of this process were built with incompatible "
+      "versions of libpeft (",
+      stack[0].toInt(),
+      " and ",
+      kAdaptedAbi,
+      "); build them with the same one");
+  return true;
+}
+
+/// The libraries are leaked: there is no safe order at exit.
+inline void register_kernels() {
+  auto* any = new torch::Library(
+      torch::Library::IMPL, "_", kAdaptedKey, __FILE__, __LINE__);
+  any->fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  auto* aten = new torch::Library(
+      torch::Library::IMPL, "aten", kAdaptedKey, __FILE__, __LINE__);
+  aten->impl("linear", TORCH_FN(linear_kernel));
+  aten->impl("matmul", TORCH_FN(matmul_kernel));
+  aten->impl("mm", TORCH_FN(mm_kernel));
+  aten->impl("addmm", TORCH_FN(addmm_kernel));
+  aten->impl("add_.Tensor", TORCH_FN(add__kernel));
+  aten->impl("embedding", TORCH_FN(embedding_kernel));
+  aten->impl("embedding_renorm_", TORCH_FN(embedding_renorm__kernel));
+  for (const char* name : {"conv1d", "conv2d", "conv3d"}) {
+    aten->impl(name, TORCH_FN(convolution_kernel));
+    aten->impl(
+        (std::string(name) + ".padding").c_str(),
+        TORCH_FN(convolution_padding_kernel));
+  }
+  aten->impl("t", TORCH_FN(t_kernel));
+  aten->impl("to.device", TORCH_FN(to_device_kernel));
+  aten->impl("to.dtype", TORCH_FN(to_dtype_kernel));
+  aten->impl("to.dtype_layout", TORCH_FN(to_dtype_layout_kernel));
+  aten->impl("detach", TORCH_FN(detach_kernel));
+  aten->impl(
+      "_has_compatible_shallow_copy_type",
+      TORCH_FN(has_compatible_shallow_copy_type_kernel));
+  auto* own = new torch::Library(
+      torch::Library::FRAGMENT, "peft", std::nullopt, __FILE__, __LINE__);
+  own->def("_abi() -> int", []() -> int64_t { return kAdaptedAbi; });
+}
+
+inline void ensure_registered() {
+  static const bool once = [] {
+    if (find_registration()) {
+      return true;
+    }
+    try {
+      TORCH_CHECK(!c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(
+          kAdaptedKey));
+      register_kernels();
+    } catch (const c10::Error&) {
+      // Another copy of libpeft may be registering at this very moment; it
+      // sets its marker last.
+      for (int i = 0; i < 200 && !find_registration(); ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+      TORCH_CHECK(
+          find_registration(),
+          "peft: another library owns the dispatch key ",
+          c10::toString(kAdaptedKey),
+          " in this process; compile with "
+          "-DPEFT_DISPATCH_KEY=TESTING_ONLY_GenericWrapper");
+    }
+    return true;
+  }();
+  (void)once;
+}
+
+} // namespace detail
+
+/// The weight as the network sees it now: the base with the active adapters
+/// applied, as a plain tensor. Use it where raw storage is read (data_ptr,
+/// accessors, saving one tensor), which shows the base. Differentiable in the
+/// adapters' parameters while gradients are enabled; a plain tensor is
+/// returned as it is.
+inline Tensor effective(const Tensor& weight) {
+  if (detail::tag_of(weight) == nullptr) {
+    return weight;
+  }
+  detail::NoTagGuard guard(detail::kAdaptedKey);
+  return detail::plain(weight);
+}
+
+/// The bare base behind an adapted weight: a plain alias that shares storage.
+/// Writes go to the base. A plain tensor is returned as it is.
+inline Tensor base(const Tensor& weight) {
+  return detail::tag_of(weight) == nullptr ? weight : detail::base_of(weight);
+}
+
+/// Whether an adapter hangs on this tensor.
+inline bool is_adapted(const Tensor& weight) {
+  return detail::tag_of(weight) != nullptr;
+}
+
+} // namespace peft

@@ -1,0 +1,268 @@
+#pragma once
+
+#include <peft/core/adapted_weight.h>
+#include <peft/core/network.h>
+
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+/// One place where an adapter acts.
+struct AdapterSite {
+  std::string name; // module name, or parameter name
+  std::vector<std::string> parameters; // every path of the adapted tensor
+  std::string what; // "lora r=8"
+  std::vector<int64_t> shape; // of the adapted tensor
+  int64_t num_parameters = 0; // trained here
+};
+
+namespace detail {
+
+inline Tensor lock_tensor(
+    const c10::weak_intrusive_ptr<c10::TensorImpl>& weak) {
+  auto impl = weak.lock();
+  return impl ? Tensor(std::move(impl)) : Tensor();
+}
+
+/// The site's tensor; an error once the model is gone.
+inline Tensor tensor_of(const Site& site) {
+  for (const auto& weak : site.tensors) {
+    Tensor t = lock_tensor(weak);
+    if (t.defined()) {
+      return t;
+    }
+  }
+  TORCH_CHECK(false, "peft: the model behind this adapter no longer exists");
+}
+
+inline std::shared_ptr<Site> lock_site(const SiteRecord& record) {
+  auto site = record.site.lock();
+  TORCH_CHECK(site, "peft: the model behind this adapter no longer exists");
+  return site;
+}
+
+/// Writes into the bare base, whatever mode the caller or the model is in.
+inline void write_base(const Tensor& weight, const Tensor& value) {
+  torch::NoGradGuard no_grad;
+  c10::InferenceMode mode(weight.is_inference());
+  NoTagGuard guard(kAdaptedKey);
+  weight.copy_(value);
+}
+
+/// A copy of the bare base that shares nothing with it.
+inline Tensor copy_of_base(const Tensor& weight) {
+  torch::NoGradGuard no_grad;
+  return base_of(weight).clone();
+}
+
+inline void check_finite(const Tensor& value, const std::string& name) {
+  TORCH_CHECK(
+      at::isfinite(value).all().item<bool>(),
+      "peft: merging into '",
+      name,
+      "' would write values that are not finite; nothing was changed. Check "
+      "the adapter for NaN and the base's dtype for overflow");
+}
+
+inline void merge_adapter(AdapterState& adapter);
+inline void unmerge_adapter(AdapterState& adapter);
+inline void detach_adapter(const std::shared_ptr<AdapterState>& adapter);
+
+} // namespace detail
+
+/// A handle on one named adapter of one model; cheap to copy. The adapter lives
+/// with the model, not with the handle.
+///
+/// enable, disable, set_scale and reading are safe while other threads run the
+/// model; merge, unmerge and detach need the model for themselves.
+class Adapter {
+ public:
+  Adapter() = default;
+  explicit Adapter(std::shared_ptr<detail::AdapterState> state)
+      : state_(std::move(state)) {}
+
+  const std::string& name() const {
+    return state().name;
+  }
+  /// HF's peft_type: "LORA", "BITFIT".
+  const std::string& method() const {
+    return state().method;
+  }
+
+  /// The tensors that this adapter trains, each once.
+  std::vector<Tensor> parameters() const {
+    std::vector<Tensor> result;
+    for (const auto& site : state().sites) {
+      for (const auto& p : site.delta->parameters()) {
+        result.push_back(p);
+      }
+    }
+    return result;
+  }
+
+  /// The same by the names they have in a file, without its prefix
+  /// ("encoder.query.lora_A.weight").
+  torch::OrderedDict<std::string, Tensor> named_parameters() const {
+    torch::OrderedDict<std::string, Tensor> result;
+    for (const auto& site : state().sites) {
+      for (const auto& item : site.delta->file_tensors()) {
+        result.insert(
+            site.file_prefix.empty() ? item.first
+                                     : site.file_prefix + "." + item.first,
+            item.second);
+      }
+    }
+    return result;
+  }
+
+  int64_t num_parameters() const {
+    int64_t count = 0;
+    for (const auto& p : parameters()) {
+      count += p.numel();
+    }
+    return count;
+  }
+
+  std::vector<AdapterSite> sites() const {
+    std::vector<AdapterSite> result;
+    for (const auto& record : state().sites) {
+      AdapterSite site;
+      site.name = record.name;
+      site.parameters = record.parameters;
+      site.what = record.delta->describe();
+      site.shape = detail::lock_site(record)->sizes;
+      for (const auto& p : record.delta->parameters()) {
+        site.num_parameters += p.numel();
+      }
+      result.push_back(std::move(site));
+    }
+    return result;
+  }
+
+  /// Takes part in every forward again. Other adapters are not touched.
+  void enable() {
+    state().enabled = true;
+  }
+  /// Takes no part, for all threads: the network is the base again (with the
+  /// other enabled adapters), bit for bit.
+  void disable() {
+    TORCH_CHECK(
+        !state().merged,
+        "peft: adapter '",
+        name(),
+        "' is merged into the base and cannot be disabled; unmerge() first");
+    state().enabled = false;
+  }
+  bool is_enabled() const {
+    return state().enabled;
+  }
+
+  /// A factor on the whole adapter: 1 is as trained, 0 the base.
+  void set_scale(double scale) {
+    TORCH_CHECK(
+        std::isfinite(scale), "peft: the scale must be finite, got ", scale);
+    TORCH_CHECK(
+        !state().merged,
+        "peft: adapter '",
+        name(),
+        "' is merged; unmerge() before changing its scale");
+    state().scale = scale;
+  }
+  double scale() const {
+    return state().scale;
+  }
+
+  /// Trains (true) or freezes (false) the adapter's own parameters.
+  void set_trainable(bool trainable) {
+    for (auto& p : parameters()) {
+      p.set_requires_grad(trainable);
+    }
+  }
+  /// Training or evaluation mode of the adapter alone (its dropout); the
+  /// model's train() and eval() reach it too, where the model is a
+  /// torch::nn::Module.
+  void train(bool on = true) {
+    for (const auto& site : state().sites) {
+      site.delta->train(on);
+    }
+  }
+  void eval() {
+    train(false);
+  }
+
+  /// Folds the adapter into the base and keeps the old base, so that unmerge
+  /// restores it bit for bit. Results that are not finite are refused before
+  /// anything is written. An adapter that is already merged is an error.
+  void merge() {
+    detail::merge_adapter(state());
+  }
+  void unmerge() {
+    detail::unmerge_adapter(state());
+  }
+  bool is_merged() const {
+    return state().merged;
+  }
+
+  /// Takes the adapter off the model for good. When the last one goes, the
+  /// model is the plain module it was, requires_grad included.
+  void detach() {
+    state();
+    detail::detach_adapter(state_);
+  }
+
+  /// For methods and files: what stands behind the handle.
+  const std::shared_ptr<detail::AdapterState>& shared_state() const {
+    return state_;
+  }
+
+ private:
+  detail::AdapterState& state() const {
+    TORCH_CHECK(state_, "peft: this Adapter handle is empty");
+    TORCH_CHECK(
+        !state_->gone,
+        "peft: adapter '",
+        state_->name,
+        "' was detached from its model");
+    return *state_;
+  }
+
+  std::shared_ptr<detail::AdapterState> state_;
+};
+
+/// All adapters on `model` and below it, in the order they were attached.
+inline std::vector<Adapter> adapters(torch::nn::Module& model) {
+  std::vector<Adapter> result;
+  for (const auto& registry : detail::registries_below(model)) {
+    for (const auto& state : registry->adapters) {
+      result.emplace_back(state);
+    }
+  }
+  return result;
+}
+
+/// The adapter of that name; an error that lists the names there are.
+inline Adapter get_adapter(
+    torch::nn::Module& model,
+    const std::string& name = "default") {
+  std::string names;
+  for (auto& adapter : adapters(model)) {
+    if (adapter.name() == name) {
+      return adapter;
+    }
+    names += (names.empty() ? "'" : ", '") + adapter.name() + "'";
+  }
+  TORCH_CHECK(
+      false,
+      "peft: the model has no adapter '",
+      name,
+      "'; it has ",
+      names.empty() ? "none" : names);
+}
+
+} // namespace peft

@@ -1,0 +1,336 @@
+#pragma once
+
+#include <peft/core/adapter.h>
+#include <peft/core/targets.h>
+
+#include <algorithm>
+#include <any>
+#include <memory>
+#include <string>
+#include <typeinfo>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+/// One delta that a method wants at one parameter.
+struct PlannedSite {
+  std::string name;
+  std::string parameter; // full path below the root
+  std::string file_prefix;
+  Tensor tensor;
+  std::shared_ptr<Delta> delta;
+};
+
+/// What a method wants to do to a network. Making one changes nothing.
+struct Plan {
+  std::string method;
+  std::any options;
+  std::vector<PlannedSite> sites;
+};
+
+inline void check_adapter_name(const std::string& name) {
+  TORCH_CHECK(!name.empty(), "peft: the adapter's name must not be empty");
+  TORCH_CHECK(
+      name.find('.') == std::string::npos,
+      "peft: the adapter's name must not contain a dot, got '",
+      name,
+      "'");
+  TORCH_CHECK(
+      name != "__base__", "peft: '__base__' stands for the base; choose another");
+}
+
+inline void check_adaptable(const PlannedSite& site) {
+  const Tensor& t = site.tensor;
+  TORCH_CHECK(
+      t.defined(), "peft: '", site.parameter, "' is not defined in this model");
+  TORCH_CHECK(
+      t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested(),
+      "peft: '",
+      site.parameter,
+      "' is sparse, nested or quantised; only dense tensors can be adapted");
+  TORCH_CHECK(
+      t.is_floating_point(),
+      "peft: '",
+      site.parameter,
+      "' has dtype ",
+      t.dtype(),
+      "; only floating point weights can be adapted");
+}
+
+/// Whether two tensors are the same numbers: one tensor, or one storage seen
+/// through the same window.
+inline bool is_tied(const Tensor& a, const Tensor& b) {
+  if (a.is_same(b)) {
+    return true;
+  }
+  return a.defined() && b.defined() && a.has_storage() && b.has_storage() &&
+      a.numel() > 0 && a.is_alias_of(b) &&
+      a.storage_offset() == b.storage_offset() && a.sizes() == b.sizes() &&
+      a.strides() == b.strides();
+}
+
+/// Registers `delta` below `node` at its parameter's path, so that its tensors
+/// are named "peft.<adapter>.<parameter path>.lora_A".
+inline void register_at(
+    torch::nn::Module& node,
+    const std::string& path,
+    const std::shared_ptr<Delta>& delta) {
+  const auto dot = path.find('.');
+  const std::string head = path.substr(0, dot);
+  const auto children = node.named_children();
+  const auto* child = children.find(head);
+  if (dot == std::string::npos) {
+    // A second delta of one adapter on one tensor stands beside the first.
+    std::string key = head;
+    for (int i = 2; node.named_children().contains(key); ++i) {
+      key = head + "_" + std::to_string(i);
+    }
+    node.register_module(key, std::static_pointer_cast<torch::nn::Module>(delta));
+    return;
+  }
+  auto next = child != nullptr
+      ? *child
+      : node.register_module(head, std::make_shared<torch::nn::Module>());
+  register_at(*next, path.substr(dot + 1), delta);
+}
+
+/// A tied weight that was named twice is adapted once, under its first name.
+inline void drop_tied(std::vector<PlannedSite>& sites) {
+  std::vector<PlannedSite> kept;
+  for (auto& site : sites) {
+    const bool repeats =
+        std::any_of(kept.begin(), kept.end(), [&](const PlannedSite& other) {
+          const Delta& a = *other.delta;
+          const Delta& b = *site.delta;
+          return other.parameter != site.parameter && typeid(a) == typeid(b) &&
+              is_tied(other.tensor, site.tensor);
+        });
+    if (!repeats) {
+      kept.push_back(std::move(site));
+    }
+  }
+  sites = std::move(kept);
+}
+
+/// Hangs `state` on the tensors of its plan. `all` are the model's parameters,
+/// among which ties are found. Strong exception safety: checks come first.
+inline void tag_sites(
+    const std::shared_ptr<AdapterState>& state,
+    const std::vector<PlannedSite>& planned,
+    const std::vector<std::pair<std::string, Tensor>>& all) {
+  for (const auto& plan : planned) {
+    check_adaptable(plan);
+    if (auto* meta = tag_of(plan.tensor)) {
+      TORCH_CHECK(
+          !meta->view && !meta->transposed,
+          "peft: '",
+          plan.parameter,
+          "' is a view of an adapted weight; attach to the weight itself");
+      for (const auto& entry : meta->site->entries) {
+        TORCH_CHECK(
+            entry.adapter->name != state->name,
+            "peft: '",
+            plan.parameter,
+            "' already carries an adapter named '",
+            state->name,
+            "'; detach it or choose another name");
+        TORCH_CHECK(
+            !entry.adapter->merged,
+            "peft: adapter '",
+            entry.adapter->name,
+            "' is merged at '",
+            plan.parameter,
+            "'; unmerge() it before attaching another");
+      }
+    }
+  }
+  ensure_registered();
+  for (const auto& plan : planned) {
+    SiteRecord record;
+    record.name = plan.name;
+    record.file_prefix = plan.file_prefix;
+    record.delta = plan.delta;
+    std::vector<Tensor> tied{plan.tensor};
+    record.parameters.push_back(plan.parameter);
+    for (const auto& [name, tensor] : all) {
+      if (name != plan.parameter && is_tied(tensor, plan.tensor)) {
+        record.parameters.push_back(name);
+        tied.push_back(tensor);
+      }
+    }
+    auto* meta = tag_of(plan.tensor);
+    auto site = meta != nullptr ? meta->site : std::make_shared<Site>();
+    if (meta == nullptr) {
+      site->sizes = plan.tensor.sizes().vec();
+    }
+    site->entries.push_back({state, plan.delta});
+    record.site = site;
+    for (const Tensor& t : tied) {
+      if (tag_of(t) == nullptr) {
+        auto tag = c10::make_intrusive<AdaptedMeta>(site);
+        tag->rows = {0, t.dim() > 0 ? t.size(0) : 0};
+        set_tag(t, std::move(tag));
+        site->tensors.emplace_back(t.getIntrusivePtr());
+      }
+    }
+    state->sites.push_back(std::move(record));
+  }
+}
+
+/// Removes `state` from its sites; tensors without another adapter are plain.
+inline void untag_sites(const std::shared_ptr<AdapterState>& state) {
+  for (const auto& record : state->sites) {
+    auto site = record.site.lock();
+    if (!site) {
+      continue;
+    }
+    auto& entries = site->entries;
+    entries.erase(
+        std::remove_if(
+            entries.begin(),
+            entries.end(),
+            [&](const Entry& entry) { return entry.adapter == state; }),
+        entries.end());
+    if (entries.empty()) {
+      for (const auto& weak : site->tensors) {
+        const Tensor t = lock_tensor(weak);
+        if (t.defined()) {
+          remove_tag(t);
+        }
+      }
+    }
+  }
+}
+
+inline void detach_adapter(const std::shared_ptr<AdapterState>& state) {
+  TORCH_CHECK(
+      !state->merged,
+      "peft: adapter '",
+      state->name,
+      "' is merged; unmerge() before detach(), or keep it for good with "
+      "peft::merge(model)");
+  untag_sites(state);
+  state->gone = true;
+  auto registry = std::dynamic_pointer_cast<Registry>(state->registry.lock());
+  if (!registry) {
+    return;
+  }
+  registry->unregister_module(state->name);
+  auto& list = registry->adapters;
+  list.erase(std::remove(list.begin(), list.end(), state), list.end());
+  if (list.empty()) {
+    for (const auto& [weak, required] : registry->required_grad) {
+      Tensor t = lock_tensor(weak);
+      if (t.defined() && t.is_leaf() && !t.is_inference()) {
+        t.set_requires_grad(required);
+      }
+    }
+    registry->host->unregister_module(kRegistryName);
+  }
+}
+
+/// Runs `f` while the adapters' children are hidden, so that LibTorch's clone
+/// and load see the plain module; the tags stay.
+template <class F>
+auto without_adapters(torch::nn::Module& model, F&& f) {
+  struct Hidden {
+    std::vector<std::shared_ptr<Registry>> registries;
+    ~Hidden() {
+      for (auto& registry : registries) {
+        registry->host->register_module(kRegistryName, registry);
+      }
+    }
+  } hidden{registries_below(model)};
+  for (auto& registry : hidden.registries) {
+    registry->host->unregister_module(kRegistryName);
+  }
+  return f();
+}
+
+/// Puts a finished plan on `root`: all of it, or nothing.
+inline Adapter commit(
+    torch::nn::Module& root,
+    const std::string& name,
+    Plan plan) {
+  check_adapter_name(name);
+  TORCH_CHECK(
+      !plan.sites.empty(), "peft: there is nothing to adapt in this model");
+  for (const auto& other : registries_below(root)) {
+    for (const auto& state : other->adapters) {
+      TORCH_CHECK(
+          state->name != name,
+          "peft: the model already has an adapter named '",
+          name,
+          "'; detach it or choose another name");
+    }
+  }
+  const std::vector<PlannedSite> wanted = plan.sites;
+  drop_tied(plan.sites);
+  auto registry = registry_of(root);
+  TORCH_CHECK(
+      registry || !root.named_children().contains(kRegistryName),
+      "peft: the model has a child module named 'peft', where the adapters "
+      "would go; rename it");
+
+  auto state = std::make_shared<AdapterState>();
+  state->name = name;
+  state->method = plan.method;
+  state->options = std::move(plan.options);
+  auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
+  for (const auto& site : plan.sites) {
+    register_at(*node, site.parameter, site.delta);
+  }
+  node->train(root.is_training());
+
+  const auto all = base_parameters(root);
+  tag_sites(state, plan.sites, all);
+  if (!registry) {
+    registry = std::make_shared<Registry>(&root);
+    for (const auto& item : all) {
+      registry->required_grad.emplace_back(
+          item.second.getIntrusivePtr(), item.second.requires_grad());
+    }
+    root.register_module(kRegistryName, registry);
+  }
+  registry->register_module(name, node);
+  registry->adapters.push_back(state);
+  state->registry = registry;
+  for (const auto& item : all) {
+    Tensor parameter = item.second;
+    if (parameter.is_leaf() && parameter.requires_grad()) {
+      parameter.set_requires_grad(false);
+    }
+  }
+  for (const auto& record : state->sites) {
+    Tensor tensor = tensor_of(*lock_site(record));
+    if (tensor.is_leaf() && tensor.requires_grad()) {
+      tensor.set_requires_grad(false); // a member the register does not know
+    }
+    if (record.parameters.size() > 1) {
+      bool all_named = true;
+      for (const auto& path : record.parameters) {
+        all_named = all_named &&
+            std::any_of(
+                wanted.begin(), wanted.end(), [&](const auto& s) {
+                  return s.parameter == path;
+                });
+      }
+      if (!all_named) {
+        TORCH_WARN(
+            "peft: '",
+            record.parameters[0],
+            "' is tied to '",
+            record.parameters[1],
+            "': both are adapted, as they are one tensor");
+      }
+    }
+  }
+  return Adapter(state);
+}
+
+} // namespace detail
+
+} // namespace peft

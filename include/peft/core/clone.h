@@ -1,0 +1,143 @@
+#pragma once
+
+#include <peft/core/attach.h>
+
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+inline Tensor parameter_at(
+    const std::vector<std::pair<std::string, Tensor>>& parameters,
+    const std::string& name) {
+  for (const auto& item : parameters) {
+    if (item.first == name) {
+      return item.second;
+    }
+  }
+  return {};
+}
+
+/// The module at `path` below `root`.
+inline torch::nn::Module* module_at(
+    torch::nn::Module& root,
+    const std::string& path) {
+  torch::nn::Module* found = nullptr;
+  walk(root, "", [&](const std::string& name, torch::nn::Module& m) {
+    if (name == path) {
+      found = &m;
+    }
+  });
+  TORCH_CHECK(
+      found != nullptr,
+      "peft: the clone has no module '",
+      path,
+      "', which carries an adapter in the original");
+  return found;
+}
+
+/// Puts independent copies of the adapters in `from` on `to`.
+inline void copy_adapters(const Registry& from, torch::nn::Module& to) {
+  for (const auto& state : from.adapters) {
+    TORCH_CHECK(
+        !state->merged,
+        "peft: adapter '",
+        state->name,
+        "' is merged; unmerge() it before cloning, or make it permanent with "
+        "peft::merge(model)");
+    const Network network = describe_network(to);
+    Plan plan;
+    plan.method = state->method;
+    plan.options = state->options;
+    for (const auto& record : state->sites) {
+      PlannedSite site;
+      site.name = record.name;
+      site.parameter = record.parameters.front();
+      site.file_prefix = record.file_prefix;
+      for (const auto& layer : network) {
+        for (const auto& p : layer.parameters) {
+          if (layer.path(p.first) == site.parameter) {
+            site.tensor = p.second;
+          }
+        }
+      }
+      TORCH_CHECK(
+          site.tensor.defined(),
+          "peft: the clone has no parameter '",
+          site.parameter,
+          "', which carries an adapter in the original");
+      site.delta = record.delta->copy();
+      site.delta->to(site.tensor.device());
+      plan.sites.push_back(std::move(site));
+    }
+    Adapter copy = commit(to, state->name, std::move(plan));
+    auto& twin = *copy.shared_state();
+    twin.enabled = state->enabled.load();
+    twin.scale = state->scale.load();
+    twin.loaded_config = state->loaded_config;
+  }
+}
+
+} // namespace detail
+
+/// A deep copy with independent adapters. Unlike Module::clone it works on a
+/// model that carries adapters and keeps every requires_grad. The model must be
+/// Cloneable, as for Module::clone.
+template <class M>
+auto clone(
+    const M& model,
+    const std::optional<torch::Device>& device = std::nullopt) {
+  if constexpr (!std::is_base_of_v<torch::nn::Module, M>) {
+    return M(clone(*model, device)); // a holder
+  } else {
+    auto& original = const_cast<M&>(model); // put back as it was
+    std::vector<std::pair<std::string, std::shared_ptr<detail::Registry>>>
+        registries;
+    detail::walk(
+        original, "", [&](const std::string& name, torch::nn::Module& m) {
+          if (auto registry = detail::registry_of(m)) {
+            registries.emplace_back(name, std::move(registry));
+          }
+        });
+    auto copy = detail::without_adapters(original, [&] {
+      detail::RawBaseScope raw;
+      return std::dynamic_pointer_cast<M>(original.clone(device));
+    });
+    TORCH_CHECK(copy, "peft: clone() of this module returned another type");
+
+    const auto theirs = detail::base_parameters(*copy);
+    auto required = [&](const Tensor& tensor) {
+      for (const auto& [name, registry] : registries) {
+        for (const auto& [weak, flag] : registry->required_grad) {
+          if (detail::lock_tensor(weak).is_same(tensor)) {
+            return flag;
+          }
+        }
+      }
+      return tensor.requires_grad();
+    };
+    for (const auto& [name, tensor] : detail::base_parameters(original)) {
+      Tensor twin = detail::parameter_at(theirs, name);
+      if (twin.defined() && twin.is_floating_point()) {
+        twin.set_requires_grad(required(tensor)); // attach freezes it again
+      }
+    }
+    for (const auto& [path, registry] : registries) {
+      detail::copy_adapters(*registry, *detail::module_at(*copy, path));
+    }
+    for (const auto& [name, tensor] : detail::base_parameters(original)) {
+      Tensor twin = detail::parameter_at(theirs, name);
+      if (twin.defined() && twin.is_floating_point() && twin.is_leaf()) {
+        twin.set_requires_grad(tensor.requires_grad());
+      }
+    }
+    return copy;
+  }
+}
+
+} // namespace peft

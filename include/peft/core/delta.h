@@ -1,0 +1,149 @@
+#pragma once
+
+#include <peft/functional/convolution.h>
+
+#include <c10/util/FunctionRef.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+using torch::Tensor;
+
+/// Rows [begin, end) of a weight: packed attention projections are read in
+/// such slices.
+struct Rows {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+/// y = x Mᵀ + b, where M is `weight`: rows of the adapted matrix, or of its
+/// transpose when `transposed` (then `rows` still counts rows of the matrix).
+struct LinearCall {
+  const Tensor& x; // [*, in]
+  const Tensor& weight; // [out, in], plain
+  const std::optional<Tensor>& bias; // [out]
+  Rows rows;
+  bool transposed = false;
+};
+
+/// y = weight[indices].
+struct EmbeddingCall {
+  const Tensor& weight; // [num, dim], plain
+  const Tensor& indices;
+  int64_t padding_idx = -1;
+  bool scale_grad_by_freq = false;
+};
+
+/// y = conv(x, weight, bias).
+struct ConvolutionCall {
+  const Tensor& x;
+  const Tensor& weight; // [out, in / groups, kernel...], plain
+  const std::optional<Tensor>& bias;
+  functional::ConvolutionArgs args;
+};
+
+/// What stands below a delta at its weight: the base operator, or the next
+/// delta. `is_base` lets a delta fuse itself with the base operator.
+template <class Call>
+struct Below {
+  c10::function_ref<Tensor(const Call&)> run;
+  bool is_base;
+  Tensor operator()(const Call& call) const {
+    return run(call);
+  }
+};
+
+/// What one adapter does at one tensor of a network. A Module, so that train,
+/// eval, to and archives reach its parameters.
+///
+/// A weight delta says what the weight becomes (`effective`); merge, the
+/// materialising fallback and the tests all use that one function. The three
+/// fast paths may be left alone: an operator without one gets the effective
+/// weight.
+class Delta : public torch::nn::Module {
+ public:
+  using torch::nn::Module::Module;
+
+  /// W' from W, differentiable in both W and the parameters; same shape, same
+  /// dtype as the W handed in (the wider of the base's and the adapter's).
+  virtual Tensor effective(const Tensor& weight, double scale) const = 0;
+
+  /// The dtype that `effective` computes in; the base's when it has no say.
+  virtual std::optional<at::ScalarType> dtype() const {
+    return std::nullopt;
+  }
+
+  virtual bool has_linear() const {
+    return false;
+  }
+  virtual Tensor linear(
+      const LinearCall& call,
+      const Below<LinearCall>& below,
+      double /*scale*/) const {
+    return below(call);
+  }
+
+  virtual bool has_embedding() const {
+    return false;
+  }
+  virtual Tensor embedding(
+      const EmbeddingCall& call,
+      const Below<EmbeddingCall>& below,
+      double /*scale*/) const {
+    return below(call);
+  }
+
+  virtual bool has_convolution() const {
+    return false;
+  }
+  virtual Tensor convolution(
+      const ConvolutionCall& call,
+      const Below<ConvolutionCall>& below,
+      double /*scale*/) const {
+    return below(call);
+  }
+
+  /// True for methods that act on the layer's output and sit on its bias.
+  virtual bool transforms_output() const {
+    return false;
+  }
+  /// y → f(y) at the place where the bias is added.
+  virtual Tensor output(const Tensor& y, double /*scale*/) const {
+    return y;
+  }
+
+  /// Why this cannot be folded into the weight; empty when it can.
+  virtual std::string merge_obstacle() const {
+    return {};
+  }
+
+  /// W' = W + ΔW with ΔW free of W: such deltas merge in any order.
+  virtual bool is_additive() const {
+    return false;
+  }
+
+  /// True where the parameters stand in for entries of the base (a trained
+  /// copy of a bias), so that a summary does not count them twice.
+  virtual bool replaces_base() const {
+    return false;
+  }
+
+  /// The tensors as a file names them, after the module's own name
+  /// ("lora_A.weight"), in file order.
+  virtual std::vector<std::pair<std::string, Tensor>> file_tensors() const = 0;
+
+  /// An independent copy with the same values and requires_grad.
+  virtual std::shared_ptr<Delta> copy() const = 0;
+
+  /// One word for a summary: "lora r=8", "bias".
+  virtual std::string describe() const = 0;
+};
+
+} // namespace peft

@@ -1,0 +1,236 @@
+#pragma once
+
+#include <peft/core/site.h>
+
+#include <torch/nn/modules.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+/// What a method needs to know of a module; anything else is `other`, whose
+/// two-dimensional weights are taken as [out, in].
+enum class LayerKind {
+  linear,
+  embedding,
+  embedding_bag,
+  convolution,
+  bilinear,
+  recurrent,
+  attention,
+  normalization,
+  other
+};
+
+/// One module of a network, of torch::nn or of TorchScript, with the
+/// parameters that are its own.
+struct Layer {
+  std::string name; // "encoder.layer.0.attention.self.query"; "" for the root
+  std::string type; // for messages
+  LayerKind kind = LayerKind::other;
+  std::vector<std::pair<std::string, Tensor>> parameters;
+  int64_t groups = 1; // of a convolution
+  std::string refusal; // why its weight cannot be adapted, if it cannot
+  const torch::nn::Module* module = nullptr; // null under TorchScript
+  /// For "attention": whether this is the out_proj of the layer before it.
+  std::string parent_attention;
+
+  Tensor parameter(const std::string& key) const {
+    for (const auto& item : parameters) {
+      if (item.first == key) {
+        return item.second;
+      }
+    }
+    return {};
+  }
+
+  /// Full path of one of its parameters.
+  std::string path(const std::string& key) const {
+    return name.empty() ? key : name + "." + key;
+  }
+};
+
+using Network = std::vector<Layer>;
+
+namespace detail {
+
+/// The child module "peft" of an attach root: it holds the adapters'
+/// parameters, so that parameters(), train(), to() and archives reach them.
+class Registry : public torch::nn::Module {
+ public:
+  explicit Registry(torch::nn::Module* owner)
+      : torch::nn::Module("peft::Registry"), host(owner) {}
+
+  /// The module whose child this is; it outlives its children.
+  torch::nn::Module* host;
+  std::vector<std::shared_ptr<AdapterState>> adapters;
+  /// requires_grad of the base as it was before the first attach.
+  std::vector<std::pair<c10::weak_intrusive_ptr<c10::TensorImpl>, bool>>
+      required_grad;
+};
+
+inline const char* const kRegistryName = "peft";
+
+inline std::shared_ptr<Registry> registry_of(const torch::nn::Module& module) {
+  const auto children = module.named_children();
+  const auto* child = children.find(kRegistryName);
+  return child == nullptr ? nullptr
+                          : std::dynamic_pointer_cast<Registry>(*child);
+}
+
+/// Calls f(name, module) for the module and everything below it, adapters
+/// aside, parents first.
+template <class F>
+void walk(torch::nn::Module& module, const std::string& name, F&& f) {
+  f(name, module);
+  for (const auto& child : module.named_children()) {
+    if (std::dynamic_pointer_cast<Registry>(child.value())) {
+      continue;
+    }
+    walk(
+        *child.value(),
+        name.empty() ? child.key() : name + "." + child.key(),
+        f);
+  }
+}
+
+/// All registries at or below `module`.
+inline std::vector<std::shared_ptr<Registry>> registries_below(
+    torch::nn::Module& module) {
+  std::vector<std::shared_ptr<Registry>> result;
+  walk(module, "", [&](const std::string&, torch::nn::Module& m) {
+    if (auto registry = registry_of(m)) {
+      result.push_back(std::move(registry));
+    }
+  });
+  return result;
+}
+
+/// The network's own parameters by name, without the adapters'.
+inline std::vector<std::pair<std::string, Tensor>> base_parameters(
+    torch::nn::Module& module) {
+  std::vector<std::pair<std::string, Tensor>> result;
+  walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
+    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
+      result.emplace_back(
+          name.empty() ? p.key() : name + "." + p.key(), p.value());
+    }
+  });
+  return result;
+}
+
+/// A member that was assigned (`head->weight = embedding->weight`) leaves its
+/// old tensor in the module's register; forward uses the member.
+inline void prefer_member(
+    Layer& layer,
+    const std::string& key,
+    const Tensor& member) {
+  for (auto& item : layer.parameters) {
+    if (item.first == key && member.defined()) {
+      item.second = member;
+    }
+  }
+}
+
+template <class Impl>
+bool describe_convolution(const torch::nn::Module& module, Layer& layer) {
+  if (const auto* conv = module.as<Impl>()) {
+    layer.kind = LayerKind::convolution;
+    layer.groups = conv->options.groups();
+    prefer_member(layer, "weight", conv->weight);
+    prefer_member(layer, "bias", conv->bias);
+    return true;
+  }
+  return false;
+}
+
+template <class Impl>
+bool describe_as(
+    const torch::nn::Module& module,
+    Layer& layer,
+    LayerKind kind) {
+  if (const auto* typed = module.as<Impl>()) {
+    layer.kind = kind;
+    prefer_member(layer, "weight", typed->weight);
+    if constexpr (
+        !std::is_same_v<Impl, torch::nn::EmbeddingImpl> &&
+        !std::is_same_v<Impl, torch::nn::EmbeddingBagImpl>) {
+      prefer_member(layer, "bias", typed->bias);
+    }
+    return true;
+  }
+  return false;
+}
+
+inline void describe_layer(const torch::nn::Module& module, Layer& layer) {
+  using namespace torch::nn;
+  if (describe_as<LinearImpl>(module, layer, LayerKind::linear) ||
+      describe_as<BilinearImpl>(module, layer, LayerKind::bilinear) ||
+      describe_as<LayerNormImpl>(module, layer, LayerKind::normalization) ||
+      describe_as<GroupNormImpl>(module, layer, LayerKind::normalization) ||
+      describe_as<BatchNorm1dImpl>(module, layer, LayerKind::normalization) ||
+      describe_as<BatchNorm2dImpl>(module, layer, LayerKind::normalization) ||
+      describe_as<BatchNorm3dImpl>(module, layer, LayerKind::normalization) ||
+      describe_convolution<Conv1dImpl>(module, layer) ||
+      describe_convolution<Conv2dImpl>(module, layer) ||
+      describe_convolution<Conv3dImpl>(module, layer)) {
+    return;
+  }
+  if (describe_as<EmbeddingImpl>(module, layer, LayerKind::embedding)) {
+    if (module.as<EmbeddingImpl>()->options.max_norm()) {
+      layer.refusal =
+          "it has max_norm, which rewrites the frozen weight on every call";
+    }
+  } else if (
+      describe_as<EmbeddingBagImpl>(module, layer, LayerKind::embedding_bag)) {
+    if (module.as<EmbeddingBagImpl>()->options.max_norm()) {
+      layer.refusal =
+          "it has max_norm, which rewrites the frozen weight on every call";
+    }
+  } else if (const auto* attention = module.as<MultiheadAttentionImpl>()) {
+    layer.kind = LayerKind::attention;
+    prefer_member(layer, "in_proj_weight", attention->in_proj_weight);
+    prefer_member(layer, "in_proj_bias", attention->in_proj_bias);
+  } else if (
+      module.as<LSTMImpl>() || module.as<GRUImpl>() || module.as<RNNImpl>() ||
+      module.as<LSTMCellImpl>() || module.as<GRUCellImpl>() ||
+      module.as<RNNCellImpl>()) {
+    layer.kind = LayerKind::recurrent;
+  }
+}
+
+} // namespace detail
+
+/// Every module of `root` with its own parameters, parents before children.
+inline Network describe_network(torch::nn::Module& root) {
+  Network network;
+  detail::walk(root, "", [&](const std::string& name, torch::nn::Module& m) {
+    Layer layer;
+    layer.name = name;
+    layer.type = m.name();
+    layer.module = &m;
+    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
+      layer.parameters.emplace_back(p.key(), p.value());
+    }
+    detail::describe_layer(m, layer);
+    const auto dot = name.rfind('.');
+    const std::string last =
+        dot == std::string::npos ? name : name.substr(dot + 1);
+    if (last == "out_proj") {
+      const std::string parent =
+          dot == std::string::npos ? "" : name.substr(0, dot);
+      for (const auto& other : network) {
+        if (other.name == parent && other.kind == LayerKind::attention) {
+          layer.parent_attention = parent;
+        }
+      }
+    }
+    network.push_back(std::move(layer));
+  });
+  return network;
+}
+
+} // namespace peft

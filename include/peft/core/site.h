@@ -1,0 +1,162 @@
+#pragma once
+
+#include <peft/core/active.h>
+#include <peft/core/delta.h>
+
+#include <c10/util/SmallVector.h>
+
+#include <any>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+struct Site;
+
+/// One place of an adapter: the names it goes by and what acts there.
+struct SiteRecord {
+  /// The module ("encoder.query"), or the parameter where a module has several
+  /// adapted ones ("self_attn.in_proj_weight").
+  std::string name;
+  /// Every parameter path of the tensor below the attach root; more than one
+  /// when it is tied.
+  std::vector<std::string> parameters;
+  /// Prefix of the keys in a file, ending without a dot.
+  std::string file_prefix;
+  std::shared_ptr<Delta> delta;
+  /// Owned by the tensor; gone with the model.
+  std::weak_ptr<Site> site;
+};
+
+/// What all sites of one adapter share. The switches are atomic: other threads
+/// may run the model while they are thrown.
+struct AdapterState {
+  std::string name;
+  /// The method in HF's spelling: "LORA", "BITFIT".
+  std::string method;
+  /// The method's Options struct, for saving.
+  std::any options;
+  /// adapter_config.json as it was loaded: unknown fields survive a re-save.
+  std::string loaded_config;
+  std::atomic<bool> enabled{true};
+  std::atomic<bool> merged{false};
+  std::atomic<double> scale{1.0};
+  /// Set once detached; every later use of a handle is an error.
+  std::atomic<bool> gone{false};
+  std::vector<SiteRecord> sites;
+  /// The module whose child keeps the parameters (null under TorchScript).
+  std::weak_ptr<torch::nn::Module> registry;
+};
+
+/// One adapter at one weight.
+struct Entry {
+  std::shared_ptr<AdapterState> adapter;
+  std::shared_ptr<Delta> delta;
+};
+
+/// An entry that takes part in the call at hand.
+struct ActiveEntry {
+  const Delta* delta;
+  double scale;
+};
+using ActiveEntries = c10::SmallVector<ActiveEntry, 4>;
+
+/// Everything that hangs on one adapted tensor; all handles and views of the
+/// tensor share it. Changing `entries` needs exclusive access to the model.
+struct Site {
+  std::vector<Entry> entries;
+  /// Shape at attach; another shape means the tensor was changed under us.
+  std::vector<int64_t> sizes;
+  /// The tensors themselves (several when tied by storage), not owned.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors;
+  /// Base before the first reversible merge, and who was merged since.
+  Tensor original;
+  std::vector<AdapterState*> merge_order;
+
+  /// The deltas that take part for this thread when `tensor` (the adapted
+  /// tensor, or the root of a view of it) is used, lowest first.
+  ActiveEntries active(const Tensor& tensor) const {
+    return select(tensor, /*outputs=*/false);
+  }
+
+  /// The output transforms that take part, first applied first.
+  ActiveEntries active_outputs(const Tensor& tensor) const {
+    return select(tensor, /*outputs=*/true);
+  }
+
+  /// Whether `tensor` reads the storage that merges are written to; a copy made
+  /// by to() before a merge does not.
+  bool holds_storage_of(const Tensor& tensor) const {
+    for (const auto& weak : tensors) {
+      if (auto impl = weak.lock()) {
+        if (impl->storage().is_alias_of(tensor.storage())) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  bool has_output() const {
+    for (const auto& entry : entries) {
+      if (entry.delta->transforms_output()) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  /// A merged adapter that would train if it were not merged, or null.
+  const AdapterState* merged_trainable() const {
+    for (const auto& entry : entries) {
+      if (entry.adapter->merged.load(std::memory_order_relaxed)) {
+        for (const auto& p : entry.delta->parameters()) {
+          if (p.requires_grad()) {
+            return entry.adapter.get();
+          }
+        }
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  ActiveEntries select(const Tensor& tensor, bool outputs) const {
+    ActiveEntries result;
+    const ActiveInfo* chosen = active_info();
+    if (chosen != nullptr && chosen->raw_base) {
+      return result;
+    }
+    for (const auto& entry : entries) {
+      const AdapterState& adapter = *entry.adapter;
+      const bool wanted = chosen == nullptr
+          ? adapter.enabled.load(std::memory_order_relaxed)
+          : chosen->contains(adapter.name);
+      if (adapter.merged.load(std::memory_order_relaxed) &&
+          holds_storage_of(tensor)) {
+        TORCH_CHECK(
+            wanted,
+            "peft: adapter '",
+            adapter.name,
+            "' is merged into the base and cannot be left out of this call; "
+            "call unmerge() first");
+        continue;
+      }
+      if (wanted && entry.delta->transforms_output() == outputs) {
+        result.push_back(
+            {entry.delta.get(), adapter.scale.load(std::memory_order_relaxed)});
+      }
+    }
+    return result;
+  }
+};
+
+} // namespace detail
+
+} // namespace peft

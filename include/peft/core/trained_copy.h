@@ -1,0 +1,87 @@
+#pragma once
+
+#include <peft/core/delta.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+/// A trained copy that stands in for a parameter, or for some of its rows: what
+/// BitFit does to a bias and `modules_to_save` to a task head. The base keeps
+/// its value, so disabling and detaching restore it to the bit, and several
+/// such copies can live beside each other.
+class TrainedCopy final : public Delta {
+ public:
+  /// Copies `source` (the base, or its rows [begin, end) when `rows` is given);
+  /// half precision is trained in float32. `file_name` is the parameter's own
+  /// name ("bias").
+  TrainedCopy(
+      const Tensor& source,
+      std::string file_name,
+      std::optional<Rows> rows = std::nullopt)
+      : file_name_(std::move(file_name)), rows_(rows) {
+    c10::InferenceMode off(false);
+    const auto dtype = c10::isReducedFloatingType(source.scalar_type())
+        ? at::kFloat
+        : source.scalar_type();
+    Tensor copy = source.detach();
+    if (rows_) {
+      copy = copy.slice(0, rows_->begin, rows_->end);
+    }
+    value = register_parameter(
+        "value", copy.to(dtype).clone(at::MemoryFormat::Contiguous));
+  }
+
+  Tensor effective(const Tensor& weight, double scale) const override {
+    Tensor target = value;
+    if (rows_) {
+      target = at::cat(
+          {weight.slice(0, 0, rows_->begin),
+           value.to(weight.scalar_type()),
+           weight.slice(0, rows_->end)});
+    }
+    target = target.to(weight.scalar_type());
+    return scale == 1.0 ? target : weight + (target - weight) * scale;
+  }
+
+  std::optional<at::ScalarType> dtype() const override {
+    return value.scalar_type();
+  }
+
+  bool replaces_base() const override {
+    return true;
+  }
+
+  std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
+    return {{file_name_, value}};
+  }
+
+  std::shared_ptr<Delta> copy() const override {
+    auto result = std::make_shared<TrainedCopy>(value, file_name_);
+    result->rows_ = rows_;
+    result->value.set_requires_grad(value.requires_grad());
+    result->train(is_training());
+    return result;
+  }
+
+  std::string describe() const override {
+    return "trained " + file_name_;
+  }
+
+  /// The rows of the base that the copy replaces; absent for all of it.
+  const std::optional<Rows>& rows() const {
+    return rows_;
+  }
+
+  Tensor value;
+
+ private:
+  std::string file_name_;
+  std::optional<Rows> rows_;
+};
+
+} // namespace peft
