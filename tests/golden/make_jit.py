@@ -117,8 +117,12 @@ def trace_real(source, target):
     traced.save(target)
     other = torch.randint(1000, 2000, (3, 9), generator=torch.Generator().manual_seed(1))
     loaded = torch.jit.load(target)
-    difference = (loaded(other, torch.ones_like(other)) - network(other, torch.ones_like(other))).abs().max()
-    print(f"{target}: {Path(target).stat().st_size} bytes; another batch differs by {difference:.1e}")
+    difference = (
+        (loaded(other, torch.ones_like(other)) - network(other, torch.ones_like(other))).abs().max()
+    )
+    print(
+        f"{target}: {Path(target).stat().st_size} bytes; another batch differs by {difference:.1e}"
+    )
 
 
 if __name__ == "__main__":

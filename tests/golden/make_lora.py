@@ -123,20 +123,37 @@ CASES = [
         "stack",
         dict(
             QV,
-            rank_pattern={"encoder.layer.0.query": 2, "query": 6, r"^decoder\.block\.[01]\.value": 3},
+            rank_pattern={
+                "encoder.layer.0.query": 2,
+                "query": 6,
+                r"^decoder\.block\.[01]\.value": 3,
+            },
             alpha_pattern={"value": 5, r"encoder\.layer\.[12]\.query": 3},
         ),
         note="the first pattern in the file's (sorted) order that matches the end of the name wins",
     ),
-    Case("layers", "stack", dict(QV, layers_to_transform=1), note="no layers_pattern: any list of layers"),
+    Case(
+        "layers",
+        "stack",
+        dict(QV, layers_to_transform=1),
+        note="no layers_pattern: any list of layers",
+    ),
     Case("layers_pattern", "stack", dict(QV, layers_to_transform=[0, 2], layers_pattern=["layer"])),
     Case("regex", "stack", dict(QV, target_modules=r".*\.(layer\.[02]|block\.1)\.(query|value)")),
     Case("exclude", "stack", dict(QV, exclude_modules=["encoder.layer.1.query", "block.0.value"])),
     Case("exclude_regex", "stack", dict(QV, exclude_modules=r"decoder\..*")),
     Case("bias_all", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1"], bias="all")),
-    Case("bias_lora_only", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1"], bias="lora_only")),
-    Case("lora_bias", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1", "fc2"], lora_bias=True)),
-    Case("modules_to_save", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1"], modules_to_save=["head"])),
+    Case(
+        "bias_lora_only", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1"], bias="lora_only")
+    ),
+    Case(
+        "lora_bias", "mlp", dict(r=4, lora_alpha=8, target_modules=["fc1", "fc2"], lora_bias=True)
+    ),
+    Case(
+        "modules_to_save",
+        "mlp",
+        dict(r=4, lora_alpha=8, target_modules=["fc1"], modules_to_save=["head"]),
+    ),
     Case(
         "modules_to_save_bias_all",
         "mlp",
@@ -171,7 +188,11 @@ CASES = [
     ),
     Case("conv1d", "conv1d", dict(r=4, lora_alpha=8, target_modules=["conv"])),
     Case("conv2d", "conv2d", dict(r=4, lora_alpha=8, target_modules=["conv1", "conv2", "conv3"])),
-    Case("conv2d_bias", "conv2d", dict(r=3, lora_alpha=8, target_modules=["conv1", "conv3"], lora_bias=True)),
+    Case(
+        "conv2d_bias",
+        "conv2d",
+        dict(r=3, lora_alpha=8, target_modules=["conv1", "conv3"], lora_bias=True),
+    ),
     Case("conv3d", "conv3d", dict(r=4, lora_alpha=8, target_modules=["conv"])),
     Case(
         "conv2d_dilated",
@@ -237,7 +258,12 @@ CASES = [
         edit=change_keys(lambda key: key.replace(".weight", ".default.weight")),
         peft_loads=False,
     ),
-    Case("float16_file", "mlp", dict(r=8, lora_alpha=16, target_modules=["fc1", "fc2"]), edit=to_float16),
+    Case(
+        "float16_file",
+        "mlp",
+        dict(r=8, lora_alpha=16, target_modules=["fc1", "fc2"]),
+        edit=to_float16,
+    ),
     Case(
         "bfloat16_base",
         "mlp",
@@ -245,7 +271,11 @@ CASES = [
         base_dtype=torch.bfloat16,
         note="the adapter stays float32; output.float64 is the exact value",
     ),
-    Case("bert", "bert", dict(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")),
+    Case(
+        "bert",
+        "bert",
+        dict(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"),
+    ),
     Case("bert_all_linear", "bert", dict(r=2, lora_alpha=4, target_modules="all-linear")),
     Case(
         "all_linear_word",
@@ -400,7 +430,9 @@ def effective_parameters(network, base, config, adapter):
             module = name.removesuffix(end).replace(".base_layer", "")
             a, b = tensor, adapter[key.removesuffix(end) + end.replace("_A", "_B")]
             rank = a.shape[0]
-            owner = module.removesuffix(".out_proj")  # PEFT looks patterns up for the whole attention
+            owner = module.removesuffix(
+                ".out_proj"
+            )  # PEFT looks patterns up for the whole attention
             owner = owner if isinstance(modules.get(owner), nn.MultiheadAttention) else module
             alpha = pattern_value(config.get("alpha_pattern") or {}, owner, config["lora_alpha"])
             expected = pattern_value(config.get("rank_pattern") or {}, owner, config["r"])
@@ -418,7 +450,11 @@ def effective_parameters(network, base, config, adapter):
             bias = adapter.get(key.removesuffix(end) + ".lora_B.bias")
             if bias is not None:
                 result[module + ".bias"] = result[module + ".bias"] + scale * bias
-        elif "lora_" not in name and ".original_module." not in name and ".modules_to_save." not in name:
+        elif (
+            "lora_" not in name
+            and ".original_module." not in name
+            and ".modules_to_save." not in name
+        ):
             result[name.replace(".base_layer", "")] = tensor
     return result
 
@@ -522,7 +558,9 @@ def write(case):
     expected, worst = peft, None
     if not case.train:
         exact = equation_results(case, config, adapter, keys, target)
-        if case.network.startswith("attention"):  # PEFT is what we say it is: right but for the factor
+        if case.network.startswith(
+            "attention"
+        ):  # PEFT is what we say it is: right but for the factor
             twice = equation_results(case, config, adapter, keys, target, double_out_proj=True)
             assert distance(peft["output"], twice["output"]) < 1e-6, case.name
             assert distance(peft["output"], exact["output"]) > 1e-2, case.name
@@ -542,7 +580,10 @@ def write(case):
 
     tensors = {f"input.{i}": t for i, t in enumerate(network_inputs(case))}
     tensors["target"] = target
-    save_file({k: v.contiguous() for k, v in {**tensors, **expected}.items()}, folder / "expected.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in {**tensors, **expected}.items()},
+        folder / "expected.safetensors",
+    )
     facts = {
         "network": case.network,
         "trainable": trainable,
@@ -557,8 +598,10 @@ def write(case):
         "note": case.note,
     }
     (folder / "case.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{case.name:26s} {trainable:5d} trainable, farthest from float64: "
-          + (f"{worst[0]:.1e} ({worst[1]})" if worst else "-"))
+    print(
+        f"{case.name:26s} {trainable:5d} trainable, farthest from float64: "
+        + (f"{worst[0]:.1e} ({worst[1]})" if worst else "-")
+    )
 
 
 # ---- Initial values -------------------------------------------------------------------------
@@ -567,15 +610,13 @@ INITIAL = {
     "init_mlp": ("mlp", ["fc1", "fc2"]),
     "init_tokens": ("tokens", ["emb", "fc"]),
     "init_conv2d": ("conv2d", ["conv1", "conv2", "conv3"]),
-    "init_attention": ("attention", ["attn"]),
 }
 
 
 def write_initial(name):
     """lora_A (an embedding's B) as drawn after torch.manual_seed(0).
 
-    kaiming.KEY and gaussian.KEY are PEFT's, whose layers draw twice before the values they keep;
-    direct.kaiming.KEY and direct.gaussian.KEY are drawn one after the other with nothing between.
+    PEFT's layers draw twice before the values they keep: what nn.Linear and nn.Embedding start as.
     """
     network, targets = INITIAL[name]
     folder = DATA / name
@@ -584,23 +625,13 @@ def write_initial(name):
     tensors = {}
     for word, init in (("kaiming", True), ("gaussian", "gaussian")):
         base = networks.build(network, seed=1)
-        order = [key for key, _ in base.named_modules() if key in targets]
         torch.manual_seed(0)
-        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=init))
+        model = get_peft_model(
+            base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=init)
+        )
         saved = get_peft_model_state_dict(model)
         for key, value in saved.items():
             tensors[f"{word}.{key}"] = value.clone()
-        torch.manual_seed(0)
-        for module in order:
-            for key in (k for k in saved if k.removeprefix(PREFIX).startswith(module + ".")):
-                value = torch.zeros_like(saved[key])
-                if key.endswith("lora_embedding_B"):
-                    nn.init.normal_(value)
-                elif key.endswith("lora_A.weight") and init is True:
-                    nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-                elif key.endswith("lora_A.weight"):
-                    nn.init.normal_(value, std=1 / 4)
-                tensors[f"direct.{word}.{key}"] = value
     save_file(own_parameters(Case(name, network, {})), folder / "base.safetensors")
     save_file(tensors, folder / "expected.safetensors")
     facts = {"network": network, "targets": targets, "r": 4, "alpha": 8, "seed": 0}
@@ -618,7 +649,9 @@ def drop_key(key):
 
 
 def add_key(key, shape):
-    return lambda folder: write_weights(folder, {**weights_of(folder), PREFIX + key: torch.ones(shape)})
+    return lambda folder: write_weights(
+        folder, {**weights_of(folder), PREFIX + key: torch.ones(shape)}
+    )
 
 
 def truncate(file, keep):
@@ -631,6 +664,7 @@ def truncate(file, keep):
 
 def pickle_a_module(folder):
     (folder / "adapter_model.safetensors").unlink()
+    torch.manual_seed(0)
     torch.save(nn.Linear(2, 2), folder / "adapter_model.bin")
 
 
@@ -658,7 +692,11 @@ NEGATIVE = {
         ["adapter_config.json", "object"],
     ),
     "unknown_peft_type": (MLP, change_config(peft_type="FOO"), ["peft_type", "FOO"]),
-    "no_config": (MLP, lambda folder: (folder / "adapter_config.json").unlink(), ["adapter_config.json"]),
+    "no_config": (
+        MLP,
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        ["adapter_config.json"],
+    ),
     "no_weights": (
         MLP,
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
@@ -723,17 +761,26 @@ def write_sharded():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = own_parameters(Case("mlp", "mlp", {}))
-    index = {"metadata": {"total_size": sum(v.numel() * 4 for v in base.values())}, "weight_map": {}}
-    for number, part in enumerate((["fc1.weight", "fc1.bias", "head.bias"], ["fc2.weight", "fc2.bias", "head.weight"])):
+    index = {
+        "metadata": {"total_size": sum(v.numel() * 4 for v in base.values())},
+        "weight_map": {},
+    }
+    for number, part in enumerate(
+        (["fc1.weight", "fc1.bias", "head.bias"], ["fc2.weight", "fc2.bias", "head.weight"])
+    ):
         file = f"model-0000{number + 1}-of-00002.safetensors"
         save_file({key: base[key] for key in part}, folder / file, metadata={"format": "pt"})
         index["weight_map"].update({key: file for key in part})
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n"
+    )
     print("sharded_base")
 
 
 def main():
-    assert peft.__version__ == PEFT_VERSION, f"these files are PEFT {PEFT_VERSION}'s, found {peft.__version__}"
+    assert (
+        peft.__version__ == PEFT_VERSION
+    ), f"these files are PEFT {PEFT_VERSION}'s, found {peft.__version__}"
     chosen = sys.argv[1:]
     for case in CASES:
         if not chosen or case.name in chosen:

@@ -146,10 +146,10 @@ class ConvNet3d(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv3d(2, 4, 2, stride=(1, 2, 1), padding=(0, 1, 0))
-        self.head = nn.Linear(54, 3)
+        self.head = nn.Linear(72, 3)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.conv(x)).reshape(x.shape[0], -1)[:, :54])
+        return self.head(torch.tanh(self.conv(x)).flatten(1))
 
 
 class Attention(nn.Module):
@@ -197,7 +197,18 @@ NETWORKS = {
 }
 
 
-PLAIN = (Mlp, Stack, Tokens, Tied, CausalTokens, ConvNet1d, ConvNet2d, ConvPlain2d, ConvNet3d, Attention)
+PLAIN = (
+    Mlp,
+    Stack,
+    Tokens,
+    Tied,
+    CausalTokens,
+    ConvNet1d,
+    ConvNet2d,
+    ConvPlain2d,
+    ConvNet3d,
+    Attention,
+)
 
 
 def build(name, seed=None):
