@@ -19,5 +19,7 @@
 #include <peft/core/summary.h>
 
 #include <peft/functional/lora.h>
+#include <peft/functional/layers.h>
 
 #include <peft/methods/lora.h>
+#include <peft/methods/bitfit.h>

@@ -17,13 +17,13 @@
 // attach, and nothing global is looked up after it. This is the only file that
 // knows the key.
 
+#include <peft/core/merged_barrier.h>
 #include <peft/core/site.h>
 #include <peft/detail/platform.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/python/update_graph_executor_opt.h>
 #include <torch/csrc/jit/runtime/interpreter.h>
 #include <torch/library.h>
@@ -146,30 +146,6 @@ inline Tensor base_of(const Tensor& t) {
 // ----------------------------------------------------------------------------
 // Values
 // ----------------------------------------------------------------------------
-
-/// Backward through a merged adapter would leave its parameters without
-/// gradients in silence; this node says so instead.
-struct MergedBarrier : torch::autograd::Function<MergedBarrier> {
-  static Tensor forward(
-      torch::autograd::AutogradContext* ctx,
-      Tensor y,
-      const Tensor& /*anchor*/,
-      const std::string& name) {
-    ctx->saved_data["name"] = name;
-    ctx->mark_dirty({y});
-    return y;
-  }
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx,
-      const torch::autograd::variable_list& /*grads*/) {
-    TORCH_CHECK(
-        false,
-        "peft: adapter '",
-        ctx->saved_data["name"].toStringRef(),
-        "' is merged and cannot train: call unmerge() before the training "
-        "step, or freeze the adapter's parameters");
-  }
-};
 
 /// Puts the barrier behind a result made from a weight with a merged adapter.
 inline Tensor guard_merged(Tensor fresh, const Site& site) {

@@ -253,17 +253,6 @@ inline NamedTensors read_weights(const std::string& path) {
                                                : load_safetensors(path);
 }
 
-/// What kind of number a dtype holds; values are converted within a kind only.
-inline int number_kind(torch::ScalarType dtype) {
-  if (dtype == torch::kBool) {
-    return 0;
-  }
-  if (c10::isComplexType(dtype)) {
-    return 1;
-  }
-  return c10::isFloatingType(dtype) ? 2 : 3;
-}
-
 /// Why `value` cannot be copied into the model's `target`; "" when it can.
 inline std::string why_not_copy(
     const torch::Tensor& target,
@@ -272,7 +261,8 @@ inline std::string why_not_copy(
     return c10::str(
         "the file has ", value.sizes(), ", the model ", target.sizes());
   }
-  if (number_kind(target.scalar_type()) != number_kind(value.scalar_type())) {
+  // PyTorch's own rule: real to whole numbers, say, would lose what they hold.
+  if (!c10::canCast(value.scalar_type(), target.scalar_type())) {
     return c10::str(
         "the file has ",
         value.scalar_type(),

@@ -8,8 +8,10 @@
 // rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) takes s = alpha / √r.
 
 #include <peft/core/attach.h>
-#include <peft/core/trained_copy.h>
+#include <peft/functional/layers.h>
 #include <peft/functional/lora.h>
+#include <peft/methods/explicit_layer.h>
+#include <peft/methods/modules_to_save.h>
 
 #include <torch/nn/init.h>
 #include <torch/nn/modules/conv.h>
@@ -174,8 +176,8 @@ class LoraDelta final : public Delta {
   };
 
   LoraDelta(Tensor A, Tensor B, Config config) : config_(std::move(config)) {
-    lora_A = register_parameter(name_of("A"), std::move(A));
-    lora_B = register_parameter(name_of("B"), std::move(B));
+    lora_A = register_parameter(name_of("A"), A, A.requires_grad());
+    lora_B = register_parameter(name_of("B"), B, B.requires_grad());
   }
 
   int64_t r() const {
@@ -466,7 +468,10 @@ inline std::shared_ptr<LoraDelta> make_lora_delta(
   auto [A, B] = lora_init(options, A_sizes, B_sizes, layout, r);
   const auto where =
       torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight));
-  return std::make_shared<LoraDelta>(A.to(where), B.to(where), config);
+  return std::make_shared<LoraDelta>(
+      A.to(where).set_requires_grad(true),
+      B.to(where).set_requires_grad(true),
+      config);
 }
 
 /// The names that attention's query and value projections go by in the
@@ -531,66 +536,6 @@ inline bool in_chosen_layers(
     }
   }
   return false;
-}
-
-inline PlannedSite planned(
-    std::string name,
-    std::string parameter,
-    std::string prefix,
-    const Tensor& tensor,
-    std::shared_ptr<Delta> delta) {
-  return {
-      std::move(name),
-      std::move(parameter),
-      std::move(prefix),
-      tensor,
-      std::move(delta)};
-}
-
-/// "a.b.weight" → {"a.b", "weight"}.
-inline std::pair<std::string, std::string> split_last(const std::string& path) {
-  const auto dot = path.rfind('.');
-  return dot == std::string::npos
-      ? std::make_pair(std::string(), path)
-      : std::make_pair(path.substr(0, dot), path.substr(dot + 1));
-}
-
-/// A trained copy of the parameter `key` of `layer`, under its own name.
-inline PlannedSite plan_copy(const Layer& layer, const std::string& key) {
-  const Tensor tensor = layer.parameter(key);
-  return planned(
-      layer.path(key),
-      layer.path(key),
-      layer.name,
-      tensor,
-      std::make_shared<TrainedCopy>(base(tensor), key));
-}
-
-/// modules_to_save: every parameter of the named modules as a trained copy.
-inline void plan_modules_to_save(
-    const Network& network,
-    const std::vector<std::string>& modules,
-    std::vector<PlannedSite>& sites) {
-  for (const auto& wanted : modules) {
-    bool found = false;
-    for (const auto& layer : network) {
-      if (!is_inside(layer.name, {wanted})) {
-        continue;
-      }
-      for (const auto& p : layer.parameters) {
-        if (p.second.defined() && p.second.is_floating_point()) {
-          sites.push_back(plan_copy(layer, p.first));
-          found = true;
-        }
-      }
-    }
-    TORCH_CHECK(
-        found,
-        "peft: modules_to_save entry '",
-        wanted,
-        "' matches no module with parameters.",
-        near_misses(network, wanted));
-  }
 }
 
 /// Plans LoRA on one module that a target named. Returns the biases of the
@@ -799,19 +744,15 @@ class LoraPlanner {
     if (!layer.parent_attention.empty()) {
       prefix = layer.parent_attention + ".base_layer.out_proj"; // HF's infix
     }
-    sites_.push_back(planned(
-        main ? layer.name : path,
-        path,
-        prefix,
+    auto delta = make_lora_delta(
+        options_,
         weight,
-        make_lora_delta(
-            options_,
-            weight,
-            layout,
-            lora_scale(options_, module),
-            path,
-            groups,
-            enabled)));
+        layout,
+        lora_scale(options_, module),
+        path,
+        groups,
+        enabled);
+    sites_.push_back({module, path, prefix, weight, std::move(delta)});
     adapted_.push_back(&layer);
   }
 
@@ -868,5 +809,177 @@ inline Adapter attach(
   return detail::commit(
       model, name, detail::plan(options, describe_network(model)));
 }
+
+namespace detail {
+
+/// W, A, B and s of an explicit layer put together: the one line of the paper,
+/// for each kind of layer.
+inline Tensor lora_forward(
+    const torch::nn::LinearImpl& layer,
+    const Tensor& x,
+    const Tensor& A,
+    const Tensor& B,
+    double scale,
+    double dropout) {
+  if (x.dim() == 2 || !layer.bias.defined()) {
+    return functional::lora_linear(
+        x,
+        layer.weight,
+        functional::optional(layer.bias),
+        A,
+        B,
+        scale,
+        dropout);
+  }
+  // torch::nn::functional::linear adds the bias afterwards.
+  return functional::lora_linear(
+             x, layer.weight, std::nullopt, A, B, scale, dropout)
+      .add_(layer.bias);
+}
+
+inline Tensor lora_forward(
+    const torch::nn::EmbeddingImpl& layer,
+    const Tensor& indices,
+    const Tensor& A,
+    const Tensor& B,
+    double scale,
+    double /*dropout*/) {
+  const auto padding_idx = layer.options.padding_idx().value_or(-1);
+  return functional::lora_embedding(
+      indices,
+      layer.weight,
+      A,
+      B,
+      scale,
+      padding_idx < 0 ? -1 : padding_idx,
+      layer.options.scale_grad_by_freq());
+}
+
+template <size_t D, class Conv>
+Tensor lora_forward(
+    const torch::nn::ConvNdImpl<D, Conv>& layer,
+    const Tensor& x,
+    const Tensor& A,
+    const Tensor& B,
+    double scale,
+    double dropout) {
+  const functional::PaddedInput<D> input(layer.options, x);
+  return functional::lora_convolution(
+      input.x,
+      layer.weight,
+      functional::optional(layer.bias),
+      A,
+      B,
+      scale,
+      input.args,
+      dropout);
+}
+
+} // namespace detail
+
+/// LoRA as a layer of one's own: a frozen base layer beside A and B.
+template <class Base>
+class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
+ public:
+  /// From the base's options or from a layer that exists.
+  template <class LayerOrOptions>
+  explicit LoraImpl(
+      const LayerOrOptions& layer,
+      const LoraOptions& options_ = LoraOptions())
+      : ExplicitLayer<Base, LoraImpl<Base>>(layer), options(options_) {
+    detail::check(options);
+    Layer description;
+    description.parameters = {{"weight", this->base_layer->weight}};
+    detail::describe_layer(*this->base_layer, description);
+    TORCH_CHECK(
+        description.refusal.empty(),
+        "peft: this ",
+        this->base_layer->name(),
+        " cannot be adapted: ",
+        description.refusal);
+    const auto layout = description.kind == LayerKind::embedding
+        ? detail::LoraLayout::embedding
+        : description.kind == LayerKind::convolution
+        ? detail::LoraLayout::convolution
+        : detail::LoraLayout::matrix;
+    const auto scale = detail::lora_scale(options, "");
+    scaling = scale.scaling;
+    delta_ = detail::make_lora_delta(
+        options,
+        this->base_layer->weight,
+        layout,
+        scale,
+        this->base_layer->name(),
+        description.groups);
+    lora_A = delta_->lora_A;
+    lora_B = delta_->lora_B;
+    register_own();
+  }
+
+  /// h = W x + b + s · B A drop(x).
+  Tensor adapted(const Tensor& x) {
+    return detail::lora_forward(
+        *this->base_layer,
+        x,
+        lora_A,
+        lora_B,
+        scaling,
+        this->is_training() ? options.dropout() : 0.0);
+  }
+
+  /// ΔW = s · B A in the shape of the weight.
+  Tensor delta_weight() const {
+    const Tensor& weight = this->base_layer->weight;
+    return own_delta().effective(at::zeros_like(weight, lora_A.dtype()), 1.0);
+  }
+
+  void fold() {
+    const Tensor& weight = this->base_layer->weight;
+    weight.copy_(own_delta().effective(
+        weight.to(c10::promoteTypes(weight.scalar_type(), lora_A.scalar_type())),
+        1.0));
+  }
+  Tensor& folded() {
+    return this->base_layer->weight;
+  }
+  std::vector<Tensor> trained() const {
+    return {lora_A, lora_B};
+  }
+  void register_own() {
+    lora_A = this->register_parameter("lora_A", lora_A.detach().clone());
+    lora_B = this->register_parameter("lora_B", lora_B.detach().clone());
+  }
+  void pretty_print(std::ostream& stream) const override {
+    stream << "peft::Lora(r=" << delta_->r() << ", alpha=" << options.alpha()
+           << ")";
+  }
+
+  LoraOptions options;
+  /// s = alpha / r, or alpha / √r for rsLoRA.
+  double scaling = 1.0;
+  Tensor lora_A, lora_B;
+
+ private:
+  /// The same mathematics as behind attach, over this layer's tensors.
+  LoraDelta own_delta() const {
+    return LoraDelta(lora_A, lora_B, delta_->config());
+  }
+  std::shared_ptr<LoraDelta> delta_; // for its configuration
+};
+
+/// A holder, as torch::nn's own:
+///
+///   peft::Lora<torch::nn::Linear> query(
+///       torch::nn::LinearOptions(384, 384), peft::LoraOptions(8));
+///   peft::Lora<torch::nn::Linear> wrapped(linear, peft::LoraOptions(8));
+///
+/// For Linear, Embedding and Conv1d, Conv2d, Conv3d.
+template <class Layer>
+class Lora
+    : public torch::nn::ModuleHolder<LoraImpl<typename Layer::ContainedType>> {
+ public:
+  using torch::nn::ModuleHolder<
+      LoraImpl<typename Layer::ContainedType>>::ModuleHolder;
+};
 
 } // namespace peft
