@@ -134,9 +134,7 @@ TEST_CASE("a config of the wrong type names field and file", "[config]") {
        "must be a list, each member a string, or a string, found [1]"},
       {error_of([&] { config.get<FlagOrName>("init"); }),
        "must be true or false, or a string, found 3"},
-      {error_of([&] {
-         config.get<std::map<std::string, double>>("targets");
-       }),
+      {error_of([&] { config.get<std::map<std::string, double>>("targets"); }),
        "must be an object, each value a number"},
       {error_of([&] { config.get<double>("lora_alpha"); }),
        "has no \"lora_alpha\", which must be a number"},

@@ -63,8 +63,8 @@ TORCH_MODULE(Tied);
 
 TEST_CASE("a sharded checkpoint from Python gives Python's output", "[base]") {
   const auto folder = golden("safetensors/sharded");
-  const auto expected =
-      peft::load_safetensors(golden("safetensors/sharded_expected.safetensors"));
+  const auto expected = peft::load_safetensors(
+      golden("safetensors/sharded_expected.safetensors"));
   for (const auto& path : {folder, folder + "/model.safetensors.index.json"}) {
     auto model = network();
     const auto report = load_base(*model, path);
@@ -93,10 +93,12 @@ TEST_CASE("every kind of file fills the model", "[base]") {
   for (const auto& [name, tensor] : expected) {
     const auto layer = name.substr(0, 1);
     if (!scripted.hasattr("_" + layer)) {
-      scripted.register_module("_" + layer, torch::jit::Module("layer" + layer));
+      scripted.register_module(
+          "_" + layer, torch::jit::Module("layer" + layer));
     }
-    scripted.attr("_" + layer).toModule().register_buffer(
-        name.substr(2), tensor);
+    scripted.attr("_" + layer)
+        .toModule()
+        .register_buffer(name.substr(2), tensor);
   }
   scripted.save(script);
 
@@ -132,7 +134,8 @@ TEST_CASE("the model's tensors keep what they are", "[base]") {
   REQUIRE(model->named_parameters()["2.weight"].requires_grad());
   REQUIRE(model->named_parameters()["2.weight"].is_leaf());
   REQUIRE(equal_bits(
-      weight, source->named_parameters()["0.weight"].detach().to(torch::kDouble)));
+      weight,
+      source->named_parameters()["0.weight"].detach().to(torch::kDouble)));
 }
 
 TEST_CASE("all that does not fit is named, and nothing loaded", "[base]") {
@@ -155,8 +158,10 @@ TEST_CASE("all that does not fit is named, and nothing loaded", "[base]") {
   const auto error = error_of([&] { load_base(*model, path); });
   INFO(error);
   REQUIRE(contains(error, path));
-  REQUIRE(contains(error, "missing from the file (2):\n    0.bias\n    1.running_mean\n"));
-  REQUIRE(contains(error, "extra in the file (2):\n    pooler.weight\n    position_ids\n"));
+  REQUIRE(contains(
+      error, "missing from the file (2):\n    0.bias\n    1.running_mean\n"));
+  REQUIRE(contains(
+      error, "extra in the file (2):\n    pooler.weight\n    position_ids\n"));
   REQUIRE(contains(error, "wrong shape or type (2):\n"));
   REQUIRE(contains(error, "2.weight: the file has [3, 8], the model [2, 8]"));
   REQUIRE(contains(
@@ -224,8 +229,7 @@ TEST_CASE("options say what may differ", "[base]") {
   const auto report = load_base(*model, path, options);
   REQUIRE(report.missing == Names{"2.bias"});
   REQUIRE(
-      report.extra ==
-      Names{"embeddings.position_ids", "pooler.dense.weight"});
+      report.extra == Names{"embeddings.position_ids", "pooler.dense.weight"});
   REQUIRE(equal_bits(
       tensors_of(*model).at("0.weight"), tensors.at("bert.0.weight")));
 
@@ -361,10 +365,18 @@ TEST_CASE("what holds no weights is refused", "[base]") {
   write_text(folder / "short", "PK");
   REQUIRE(contains(error_for(folder / "short"), folder / "short"));
 
-  peft::save_safetensors(tensors_of(*model), folder / "model.safetensors");
-  auto meta = network();
-  meta->to(torch::kMeta);
+  peft::save_safetensors({{"w", torch::ones(2)}}, folder / "model.safetensors");
+  torch::nn::Module hollow;
+  hollow.register_buffer("w", torch::empty({2}, torch::kMeta));
   REQUIRE(contains(
-      error_of([&] { load_base(*meta, folder / "model.safetensors"); }),
-      "0.bias: the model's tensor is on the meta device"));
+      error_of([&] { load_base(hollow, folder / "model.safetensors"); }),
+      "w: the model's tensor is on the meta device"));
+  torch::nn::Module frozen;
+  {
+    c10::InferenceMode inference;
+    frozen.register_buffer("w", torch::zeros(2));
+  }
+  REQUIRE(contains(
+      error_of([&] { load_base(frozen, folder / "model.safetensors"); }),
+      "w: the model's tensor was made in inference mode"));
 }

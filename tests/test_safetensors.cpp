@@ -135,8 +135,7 @@ TEST_CASE("safetensors files equal Python's byte for byte", "[safetensors]") {
   };
   peft::save_safetensors(every_dtype(), path);
   REQUIRE(same("dtypes.safetensors"));
-  peft::save_safetensors(
-      every_shape(), path, {{"note", "line\nbreak \"ü\""}});
+  peft::save_safetensors(every_shape(), path, {{"note", "line\nbreak \"ü\""}});
   REQUIRE(same("shapes.safetensors"));
   peft::save_safetensors({{"one", torch::ones(1)}}, path, {});
   REQUIRE(same("no_metadata.safetensors"));
@@ -252,8 +251,8 @@ TEST_CASE("damaged safetensors files never crash", "[safetensors]") {
   const auto below = [&](size_t limit) { return random() % limit; };
   const std::string digits = "0123456789-.eE[]{},:\"\\ u\x80\xff\0nt";
   for (const char* name : {"dtypes", "shapes"}) {
-    const auto good = read_bytes(
-        golden(std::string("safetensors/") + name + ".safetensors"));
+    const auto good =
+        read_bytes(golden(std::string("safetensors/") + name + ".safetensors"));
     for (size_t length = 0; length < good.size(); length += 3) {
       attempt(good.substr(0, length));
     }
@@ -321,7 +320,9 @@ TEST_CASE("tensors keep their mapping and not their file", "[safetensors]") {
   REQUIRE(equal_bits(loaded, torch::full({64, 64}, 2.0f)));
 }
 
-TEST_CASE("tensors of any strides are written as their values", "[safetensors]") {
+TEST_CASE(
+    "tensors of any strides are written as their values",
+    "[safetensors]") {
   TemporaryDirectory folder;
   const auto path = folder / "strided.safetensors";
   const auto base = pattern(torch::kFloat, {4, 6});
