@@ -1,6 +1,7 @@
 # Gets what is not on the machine: pinned versions, checked hashes, into
-# PEFT_DEPS_DIR, without root. One line says what is being fetched. Nothing here
-# stops CMake: each function hands back a folder, or "" and the reason.
+# PEFT_DEPS_DIR, without root. One line says what is being fetched, a second one
+# why it failed. Nothing here stops CMake: each function sets <folder> to where
+# the thing lies, or to "".
 
 include_guard(GLOBAL)
 
@@ -26,20 +27,19 @@ macro(_peft_lock)
   file(LOCK "${PEFT_DEPS_DIR}/.lock" GUARD FUNCTION TIMEOUT 1800)
 endmacro()
 
-# The last line of what a tool said, as the reason of a failure.
-function(_peft_reason said result)
+# Prints the last line of what a tool said, as the reason of a failure.
+function(_peft_not_downloaded tool said)
   string(STRIP "${said}" said)
   string(REGEX REPLACE "^.*\n" "" said "${said}")
-  string(REPLACE ";" "," said "${said}")
-  set(${result} "${said}" PARENT_SCOPE)
+  string(REGEX REPLACE "^(ERROR|E|fatal): " "" said "${said}")
+  message(STATUS "  not downloaded, ${tool} says: ${said}")
 endfunction()
 
 # Unpacks the wheels that cmake/requirements-<name>.txt pins into
 # PEFT_DEPS_DIR/<name>. The wheels are those of one fixed Python version, so one
 # list of hashes serves whatever Python 3 runs pip.
-function(peft_fetch_wheels name what folder why)
+function(peft_fetch_wheels name what folder)
   set(${folder} "" PARENT_SCOPE)
-  set(${why} "" PARENT_SCOPE)
   set(pins "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/requirements-${name}.txt")
   set(target "${PEFT_DEPS_DIR}/${name}")
   set(stamp "${target}/.complete")
@@ -53,7 +53,6 @@ function(peft_fetch_wheels name what folder why)
     endif()
   endif()
   if(NOT PEFT_FETCH)
-    set(${why} " (PEFT_FETCH is OFF)" PARENT_SCOPE)
     return()
   endif()
 
@@ -74,7 +73,7 @@ function(peft_fetch_wheels name what folder why)
 
   find_program(python NAMES python3 python NO_CACHE)
   if(NOT python)
-    set(${why} " (not downloaded: there is no python3)" PARENT_SCOPE)
+    message(STATUS "Not downloading ${what}: there is no python3")
     return()
   endif()
   message(STATUS "Downloading ${what}, once")
@@ -93,8 +92,7 @@ function(peft_fetch_wheels name what folder why)
   file(REMOVE_RECURSE "${PEFT_DEPS_DIR}/tmp")
   if(failed)
     file(REMOVE_RECURSE "${target}")
-    _peft_reason("${said}" reason)
-    set(${why} " (pip: ${reason})" PARENT_SCOPE)
+    _peft_not_downloaded(pip "${said}")
     return()
   endif()
   file(WRITE "${stamp}" "${key}")
@@ -120,9 +118,8 @@ endfunction()
 # Downloads Debian's <package> and unpacks it into PEFT_DEPS_DIR/<package>. The
 # pinned <version> is tried first and its hash checked; another release of
 # Debian or Ubuntu gives its own version, which apt checks by signature.
-function(peft_fetch_debian package version folder why)
+function(peft_fetch_debian package version folder)
   set(${folder} "" PARENT_SCOPE)
-  set(${why} "" PARENT_SCOPE)
   set(target "${PEFT_DEPS_DIR}/${package}")
   _peft_lock()
   if(EXISTS "${target}/.complete")
@@ -130,7 +127,6 @@ function(peft_fetch_debian package version folder why)
     return()
   endif()
   if(NOT PEFT_FETCH)
-    set(${why} " (PEFT_FETCH is OFF)" PARENT_SCOPE)
     return()
   endif()
   find_program(apt apt-get NO_CACHE)
@@ -146,10 +142,19 @@ function(peft_fetch_debian package version folder why)
   foreach(lists IN ITEMS system private)
     set(options "")
     if(lists STREQUAL "private")
-      get_property(updated GLOBAL PROPERTY peft_apt_updated)
-      if(NOT updated)
-        _peft_private_apt("${target}" failed said update)
-        set_property(GLOBAL PROPERTY peft_apt_updated TRUE)
+      get_property(update GLOBAL PROPERTY peft_apt_update)
+      if(NOT update)
+        _peft_private_apt("${target}" failed said
+                          -o APT::Update::Error-Mode=any update)
+        set(update done)
+        if(failed)
+          set(update "failed: ${said}")
+        endif()
+        set_property(GLOBAL PROPERTY peft_apt_update "${update}")
+      endif()
+      if(NOT update STREQUAL "done")
+        set(said "${update}")
+        break()
       endif()
     else()
       # An absolute path in place of the private lists above.
@@ -168,8 +173,7 @@ function(peft_fetch_debian package version folder why)
   endforeach()
   if(NOT deb OR failed)
     file(REMOVE_RECURSE "${target}")
-    _peft_reason("${said}" reason)
-    set(${why} " (apt-get: ${reason})" PARENT_SCOPE)
+    _peft_not_downloaded(apt-get "${said}")
     return()
   endif()
 
@@ -178,8 +182,7 @@ function(peft_fetch_debian package version folder why)
   file(SHA256 "${deb}" hash)
   if(_peft_sha256_${name} AND NOT _peft_sha256_${name} STREQUAL hash)
     file(REMOVE_RECURSE "${target}")
-    set(${why} " (${name}.deb has sha256 ${hash}, not the pinned one)"
-        PARENT_SCOPE)
+    _peft_not_downloaded(sha256 "${name}.deb is ${hash}, not what is pinned")
     return()
   endif()
   execute_process(COMMAND dpkg-deb -x "${deb}" "${target}"
@@ -187,8 +190,7 @@ function(peft_fetch_debian package version folder why)
   file(REMOVE "${deb}")
   if(failed)
     file(REMOVE_RECURSE "${target}")
-    _peft_reason("${said}" reason)
-    set(${why} " (dpkg-deb: ${reason})" PARENT_SCOPE)
+    _peft_not_downloaded(dpkg-deb "${said}")
     return()
   endif()
   file(WRITE "${target}/.complete" "${name}")
@@ -197,9 +199,8 @@ endfunction()
 
 # Clones <tag> of a project's git into PEFT_DEPS_DIR/<name>-git and checks that
 # it is <commit>.
-function(peft_fetch_git name url tag commit folder why)
+function(peft_fetch_git name url tag commit folder)
   set(${folder} "" PARENT_SCOPE)
-  set(${why} "" PARENT_SCOPE)
   set(target "${PEFT_DEPS_DIR}/${name}-git")
   _peft_lock()
   if(EXISTS "${target}/.complete")
@@ -207,12 +208,11 @@ function(peft_fetch_git name url tag commit folder why)
     return()
   endif()
   if(NOT PEFT_FETCH)
-    set(${why} " (PEFT_FETCH is OFF)" PARENT_SCOPE)
     return()
   endif()
   find_program(git git NO_CACHE)
   if(NOT git)
-    set(${why} " (not downloaded: there is no git)" PARENT_SCOPE)
+    message(STATUS "Not downloading ${name}: there is no git")
     return()
   endif()
   message(STATUS "Downloading ${name} ${tag}, once")
@@ -234,57 +234,47 @@ function(peft_fetch_git name url tag commit folder why)
   endif()
   if(failed)
     file(REMOVE_RECURSE "${target}")
-    _peft_reason("${said}" reason)
-    set(${why} " (git: ${reason})" PARENT_SCOPE)
+    _peft_not_downloaded(git "${said}")
     return()
   endif()
   file(WRITE "${target}/.complete" "${commit}")
   set(${folder} "${target}" PARENT_SCOPE)
 endfunction()
 
+# From Debian's package, else from the project's git. Sets <folder> to the one
+# that holds include/.
+function(peft_fetch_package package version name url tag commit folder)
+  peft_fetch_debian(${package} ${version} target)
+  if(target)
+    set(target "${target}/usr")
+  else()
+    peft_fetch_git(${name} ${url} ${tag} ${commit} target)
+  endif()
+  set(${folder} "${target}" PARENT_SCOPE)
+endfunction()
+
 # What PeftLibTorch.cmake and PeftDependencies.cmake ask for.
 
-function(peft_fetch_libtorch folder why)
-  peft_fetch_wheels(libtorch "LibTorch 2.11.0 (550 MB, 1.2 GB unpacked)"
-                    target reason)
+function(peft_fetch_libtorch folder)
+  peft_fetch_wheels(libtorch "LibTorch 2.11.0 (550 MB, 1.2 GB unpacked)" target)
   if(target)
     set(target "${target}/torch")
   endif()
   set(${folder} "${target}" PARENT_SCOPE)
-  set(${why} "${reason}" PARENT_SCOPE)
 endfunction()
 
-# From Debian's package, else from the project's git.
-macro(_peft_fetch_either package version name url tag commit)
-  peft_fetch_debian(${package} ${version} target reason)
-  if(target)
-    set(target "${target}/usr")
-  else()
-    peft_fetch_git(${name} ${url} ${tag} ${commit} target git_reason)
-    string(APPEND reason "${git_reason}")
-  endif()
-endmacro()
-
-function(peft_fetch_json folder why)
-  _peft_fetch_either(
+function(peft_fetch_json folder)
+  peft_fetch_package(
     nlohmann-json3-dev 3.11.2-2
     nlohmann-json https://github.com/nlohmann/json.git v3.11.2
-    bc889afb4c5bf1c0d8ee29ef35eaaf4c8bef8a5d)
-  if(target)
-    set(target "${target}/include")
-  endif()
+    bc889afb4c5bf1c0d8ee29ef35eaaf4c8bef8a5d target)
   set(${folder} "${target}" PARENT_SCOPE)
-  set(${why} "${reason}" PARENT_SCOPE)
 endfunction()
 
-function(peft_fetch_fmt folder why)
-  _peft_fetch_either(
+function(peft_fetch_fmt folder)
+  peft_fetch_package(
     libfmt-dev 9.1.0+ds1-2
     fmt https://github.com/fmtlib/fmt.git 9.1.0
-    a33701196adfad74917046096bf5a2aa0ab0bb50)
-  if(target)
-    set(target "${target}/include")
-  endif()
+    a33701196adfad74917046096bf5a2aa0ab0bb50 target)
   set(${folder} "${target}" PARENT_SCOPE)
-  set(${why} "${reason}" PARENT_SCOPE)
 endfunction()

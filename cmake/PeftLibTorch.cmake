@@ -314,9 +314,8 @@ ${PEFT_LIBTORCH_MINIMUM} or later is needed" PARENT_SCOPE)
       return()
     endif()
   endif()
-  set(why "")
   if(NOT root AND COMMAND peft_fetch_libtorch)
-    peft_fetch_libtorch(root why)
+    peft_fetch_libtorch(root)
   endif()
   if(NOT root AND PEFT_LIBTORCH_BUILT_WITH)
     set(root "${PEFT_LIBTORCH_BUILT_WITH}")
@@ -326,8 +325,8 @@ ${PEFT_LIBTORCH_MINIMUM} or later is needed" PARENT_SCOPE)
   endif()
   if(NOT root OR NOT version)
     set(${problem} "LibTorch ${PEFT_LIBTORCH_MINIMUM} or later: unzip one and \
-pass -DPEFT_LIBTORCH=DIR, or activate a Python environment with torch in it\
-${why}" PARENT_SCOPE)
+pass -DPEFT_LIBTORCH=DIR, or activate a Python environment that has torch"
+        PARENT_SCOPE)
     return()
   endif()
 

@@ -11,7 +11,7 @@ function(peft_find_catch2 problem)
     target_link_libraries(peft_catch2 INTERFACE Catch2::Catch2)
     return()
   endif()
-  peft_fetch_debian(catch2 2.13.10-1 folder why)
+  peft_fetch_debian(catch2 2.13.10-1 folder)
   if(folder)
     find_package(Catch2 CONFIG QUIET NO_DEFAULT_PATH PATHS "${folder}/usr"
                  PATH_SUFFIXES lib/${CMAKE_LIBRARY_ARCHITECTURE}/cmake/Catch2)
@@ -22,8 +22,7 @@ function(peft_find_catch2 problem)
     set(folder "${folder}/usr/include")
   else()
     peft_fetch_git(catch2 https://github.com/catchorg/Catch2.git v2.13.10
-                   182c910b4b63ff587a3440e08f84f70497e49a81 folder git_why)
-    string(APPEND why "${git_why}")
+                   182c910b4b63ff587a3440e08f84f70497e49a81 folder)
     if(folder)
       set(folder "${folder}/single_include")
     endif()
@@ -31,8 +30,8 @@ function(peft_find_catch2 problem)
   if(folder)
     target_include_directories(peft_catch2 SYSTEM INTERFACE "${folder}")
   else()
-    set(${problem} "Catch2 2.13 or later: apt-get install catch2, or pass \
--DPEFT_BUILD_TESTS=OFF${why}" PARENT_SCOPE)
+    set(${problem} "Catch2 2.13 or later (Debian: apt-get install catch2), or \
+-DPEFT_BUILD_TESTS=OFF" PARENT_SCOPE)
   endif()
 endfunction()
 
@@ -46,10 +45,10 @@ function(peft_find_cli11 problem)
   if(PEFT_CLI11_INCLUDE_DIR)
     set(folder "${PEFT_CLI11_INCLUDE_DIR}")
   else()
-    _peft_fetch_either(
+    peft_fetch_package(
       libcli11-dev 2.1.2+ds-1
       cli11 https://github.com/CLIUtils/CLI11.git v2.1.2
-      70f8072f9dd2292fd0b9f9e5f58e279f60483ed3)
+      70f8072f9dd2292fd0b9f9e5f58e279f60483ed3 target)
     if(target)
       set(folder "${target}/include")
     endif()
@@ -57,8 +56,8 @@ function(peft_find_cli11 problem)
   if(folder)
     target_include_directories(peft_cli11 SYSTEM INTERFACE "${folder}")
   else()
-    set(${problem} "CLI11: apt-get install libcli11-dev, or pass \
--DPEFT_BUILD_EXAMPLES=OFF${reason}" PARENT_SCOPE)
+    set(${problem} "CLI11 (Debian: apt-get install libcli11-dev), or \
+-DPEFT_BUILD_EXAMPLES=OFF" PARENT_SCOPE)
   endif()
 endfunction()
 
@@ -76,7 +75,7 @@ function(peft_find_utf8proc problem)
     target_link_libraries(peft_utf8proc INTERFACE "${PEFT_UTF8PROC_LIBRARY}")
     return()
   endif()
-  peft_fetch_debian(libutf8proc-dev 2.8.0-1 folder why)
+  peft_fetch_debian(libutf8proc-dev 2.8.0-1 folder)
   if(folder)
     file(GLOB library "${folder}/usr/lib/*/libutf8proc.a")
     target_include_directories(peft_utf8proc SYSTEM INTERFACE
@@ -85,15 +84,16 @@ function(peft_find_utf8proc problem)
     return()
   endif()
   peft_fetch_git(utf8proc https://github.com/JuliaStrings/utf8proc.git v2.8.0
-                 1cb28a66ca79a0845e99433fd1056257456cef8b folder git_why)
+                 1cb28a66ca79a0845e99433fd1056257456cef8b folder)
   if(folder)
-    enable_language(C)
-    add_library(peft_utf8proc_static STATIC "${folder}/utf8proc.c")
-    target_compile_definitions(peft_utf8proc_static PUBLIC UTF8PROC_STATIC)
-    target_include_directories(peft_utf8proc_static SYSTEM PUBLIC "${folder}")
-    target_link_libraries(peft_utf8proc INTERFACE peft_utf8proc_static)
+    set(UTF8PROC_INSTALL OFF)
+    set(UTF8PROC_ENABLE_TESTING OFF)
+    set(CMAKE_POLICY_DEFAULT_CMP0077 NEW)
+    set(CMAKE_POLICY_VERSION_MINIMUM 3.5) # for CMake 4
+    add_subdirectory("${folder}" "${CMAKE_BINARY_DIR}/utf8proc" EXCLUDE_FROM_ALL)
+    target_link_libraries(peft_utf8proc INTERFACE utf8proc)
     return()
   endif()
-  set(${problem} "utf8proc: apt-get install libutf8proc-dev, or pass \
--DPEFT_BUILD_EXAMPLES=OFF${why}${git_why}" PARENT_SCOPE)
+  set(${problem} "utf8proc (Debian: apt-get install libutf8proc-dev), or \
+-DPEFT_BUILD_EXAMPLES=OFF" PARENT_SCOPE)
 endfunction()
