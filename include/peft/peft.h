@@ -23,3 +23,8 @@
 
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
+
+#include <peft/io/safetensors.h>
+#include <peft/io/base_weights.h>
+#include <peft/io/adapter_config.h>
+#include <peft/io/pretrained.h>

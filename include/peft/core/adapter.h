@@ -246,12 +246,13 @@ inline std::vector<Adapter> adapters(torch::nn::Module& model) {
   return result;
 }
 
-/// The adapter of that name; an error that lists the names there are.
-inline Adapter get_adapter(
-    torch::nn::Module& model,
-    const std::string& name = "default") {
+namespace detail {
+
+inline Adapter find_adapter(
+    const std::vector<Adapter>& adapters,
+    const std::string& name) {
   std::string names;
-  for (auto& adapter : adapters(model)) {
+  for (const auto& adapter : adapters) {
     if (adapter.name() == name) {
       return adapter;
     }
@@ -263,6 +264,15 @@ inline Adapter get_adapter(
       name,
       "'; it has ",
       names.empty() ? "none" : names);
+}
+
+} // namespace detail
+
+/// The adapter of that name; an error that lists the names there are.
+inline Adapter get_adapter(
+    torch::nn::Module& model,
+    const std::string& name = "default") {
+  return detail::find_adapter(adapters(model), name);
 }
 
 } // namespace peft

@@ -214,6 +214,15 @@ inline void detach_adapter(const std::shared_ptr<AdapterState>& state) {
       "peft::merge(model)");
   untag_sites(state);
   state->gone = true;
+  if (state->required_grad.use_count() == 1) { // the model's last adapter
+    for (const auto& [weak, required] : *state->required_grad) {
+      Tensor t = lock_tensor(weak);
+      if (t.defined() && t.is_leaf() && !t.is_inference()) {
+        t.set_requires_grad(required);
+      }
+    }
+  }
+  state->required_grad.reset();
   auto registry = std::dynamic_pointer_cast<Registry>(state->registry.lock());
   if (!registry) {
     return;
@@ -222,12 +231,6 @@ inline void detach_adapter(const std::shared_ptr<AdapterState>& state) {
   auto& list = registry->adapters;
   list.erase(std::remove(list.begin(), list.end(), state), list.end());
   if (list.empty()) {
-    for (const auto& [weak, required] : registry->required_grad) {
-      Tensor t = lock_tensor(weak);
-      if (t.defined() && t.is_leaf() && !t.is_inference()) {
-        t.set_requires_grad(required);
-      }
-    }
     registry->host->unregister_module(kRegistryName);
   }
 }
@@ -250,54 +253,87 @@ auto without_adapters(torch::nn::Module& model, F&& f) {
   return f();
 }
 
-/// Puts a finished plan on `root`: all of it, or nothing.
-inline Adapter commit(
-    torch::nn::Module& root,
+using States = std::vector<std::shared_ptr<AdapterState>>;
+
+/// The adapters at or below `model`.
+inline States states_below(torch::nn::Module& model) {
+  States result;
+  for (const auto& registry : registries_below(model)) {
+    result.insert(
+        result.end(), registry->adapters.begin(), registry->adapters.end());
+  }
+  return result;
+}
+
+/// Whether an earlier attach froze `parameter` and noted what it was before.
+inline bool was_recorded(const States& present, const Tensor& parameter) {
+  for (const auto& state : present) {
+    for (const auto& item : *state->required_grad) {
+      if (lock_tensor(item.first).is_same(parameter)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+inline void warn_of_ties(
+    const AdapterState& state,
+    const std::vector<PlannedSite>& wanted) {
+  for (const auto& record : state.sites) {
+    const bool all_named = std::all_of(
+        record.parameters.begin(),
+        record.parameters.end(),
+        [&](const std::string& path) {
+          return std::any_of(wanted.begin(), wanted.end(), [&](const auto& s) {
+            return s.parameter == path;
+          });
+        });
+    if (!all_named) {
+      TORCH_WARN(
+          "peft: '",
+          record.parameters[0],
+          "' is tied to '",
+          record.parameters[1],
+          "': both are adapted, as they are one tensor");
+    }
+  }
+}
+
+/// What attaching does to any kind of model: hangs a finished plan on the
+/// tensors and freezes the network. `all` are the model's own parameters,
+/// `present` its adapters. All of it, or nothing.
+inline std::shared_ptr<AdapterState> hang(
     const std::string& name,
-    Plan plan) {
+    Plan plan,
+    const std::vector<std::pair<std::string, Tensor>>& all,
+    const States& present) {
   check_adapter_name(name);
   TORCH_CHECK(
       !plan.sites.empty(), "peft: there is nothing to adapt in this model");
-  for (const auto& other : registries_below(root)) {
-    for (const auto& state : other->adapters) {
-      TORCH_CHECK(
-          state->name != name,
-          "peft: the model already has an adapter named '",
-          name,
-          "'; detach it or choose another name");
-    }
+  for (const auto& other : present) {
+    TORCH_CHECK(
+        other->name != name,
+        "peft: the model already has an adapter named '",
+        name,
+        "'; detach it or choose another name");
   }
   const std::vector<PlannedSite> wanted = plan.sites;
   drop_tied(plan.sites);
-  auto registry = registry_of(root);
-  TORCH_CHECK(
-      registry || !root.named_children().contains(kRegistryName),
-      "peft: the model has a child module named 'peft', where the adapters "
-      "would go; rename it");
 
   auto state = std::make_shared<AdapterState>();
   state->name = name;
   state->method = plan.method;
   state->options = std::move(plan.options);
-  auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
-  for (const auto& site : plan.sites) {
-    register_at(*node, site.parameter, site.delta);
-  }
-  node->train(root.is_training());
-
-  const auto all = base_parameters(root);
   tag_sites(state, plan.sites, all);
-  if (!registry) {
-    registry = std::make_shared<Registry>(&root);
-    for (const auto& item : all) {
-      registry->required_grad.emplace_back(
+  state->required_grad = present.empty() ? std::make_shared<RequiredGrad>()
+                                         : present.front()->required_grad;
+  for (const auto& item : all) {
+    if (!was_recorded(present, item.second)) {
+      state->required_grad->emplace_back(
           item.second.getIntrusivePtr(), item.second.requires_grad());
     }
-    root.register_module(kRegistryName, registry);
   }
-  registry->register_module(name, node);
-  registry->adapters.push_back(state);
-  state->registry = registry;
   for (const auto& item : all) {
     Tensor parameter = item.second;
     if (parameter.is_leaf() && parameter.requires_grad()) {
@@ -309,25 +345,39 @@ inline Adapter commit(
     if (tensor.is_leaf() && tensor.requires_grad()) {
       tensor.set_requires_grad(false); // a member the register does not know
     }
-    if (record.parameters.size() > 1) {
-      bool all_named = true;
-      for (const auto& path : record.parameters) {
-        all_named = all_named &&
-            std::any_of(
-                wanted.begin(), wanted.end(), [&](const auto& s) {
-                  return s.parameter == path;
-                });
-      }
-      if (!all_named) {
-        TORCH_WARN(
-            "peft: '",
-            record.parameters[0],
-            "' is tied to '",
-            record.parameters[1],
-            "': both are adapted, as they are one tensor");
-      }
-    }
   }
+  warn_of_ties(*state, wanted);
+  return state;
+}
+
+/// Puts a finished plan on `root` and registers the adapter's parameters below
+/// it.
+inline Adapter commit(
+    torch::nn::Module& root,
+    const std::string& name,
+    Plan plan) {
+  auto registry = registry_of(root);
+  TORCH_CHECK(
+      registry || !root.named_children().contains(kRegistryName),
+      "peft: the model has a child module named 'peft', where the adapters "
+      "would go; rename it");
+  auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
+  auto state = hang(
+      name,
+      std::move(plan),
+      base_parameters(root),
+      states_below(root));
+  for (const auto& record : state->sites) {
+    register_at(*node, record.parameters.front(), record.delta);
+  }
+  node->train(root.is_training());
+  if (!registry) {
+    registry = std::make_shared<Registry>(&root);
+    root.register_module(kRegistryName, registry);
+  }
+  registry->register_module(name, node);
+  registry->adapters.push_back(state);
+  state->registry = registry;
   return Adapter(state);
 }
 

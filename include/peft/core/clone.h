@@ -41,45 +41,55 @@ inline torch::nn::Module* module_at(
   return found;
 }
 
+/// A plan that puts an independent copy of `state` on `network`, a copy of its
+/// own.
+inline Plan plan_copy_of(const AdapterState& state, const Network& network) {
+  TORCH_CHECK(
+      !state.merged,
+      "peft: adapter '",
+      state.name,
+      "' is merged; unmerge() it before cloning, or make it permanent with "
+      "peft::merge(model)");
+  Plan plan;
+  plan.method = state.method;
+  plan.options = state.options;
+  for (const auto& record : state.sites) {
+    PlannedSite site;
+    site.name = record.name;
+    site.parameter = record.parameters.front();
+    site.file_prefix = record.file_prefix;
+    for (const auto& layer : network) {
+      for (const auto& p : layer.parameters) {
+        if (layer.path(p.first) == site.parameter) {
+          site.tensor = p.second;
+        }
+      }
+    }
+    TORCH_CHECK(
+        site.tensor.defined(),
+        "peft: the clone has no parameter '",
+        site.parameter,
+        "', which carries an adapter in the original");
+    site.delta = record.delta->copy();
+    site.delta->to(site.tensor.device());
+    plan.sites.push_back(std::move(site));
+  }
+  return plan;
+}
+
+/// The switches that are no part of a plan.
+inline void copy_switches(const AdapterState& from, AdapterState& to) {
+  to.enabled = from.enabled.load();
+  to.scale = from.scale.load();
+  to.loaded_config = from.loaded_config;
+}
+
 /// Puts independent copies of the adapters in `from` on `to`.
 inline void copy_adapters(const Registry& from, torch::nn::Module& to) {
   for (const auto& state : from.adapters) {
-    TORCH_CHECK(
-        !state->merged,
-        "peft: adapter '",
-        state->name,
-        "' is merged; unmerge() it before cloning, or make it permanent with "
-        "peft::merge(model)");
-    const Network network = describe_network(to);
-    Plan plan;
-    plan.method = state->method;
-    plan.options = state->options;
-    for (const auto& record : state->sites) {
-      PlannedSite site;
-      site.name = record.name;
-      site.parameter = record.parameters.front();
-      site.file_prefix = record.file_prefix;
-      for (const auto& layer : network) {
-        for (const auto& p : layer.parameters) {
-          if (layer.path(p.first) == site.parameter) {
-            site.tensor = p.second;
-          }
-        }
-      }
-      TORCH_CHECK(
-          site.tensor.defined(),
-          "peft: the clone has no parameter '",
-          site.parameter,
-          "', which carries an adapter in the original");
-      site.delta = record.delta->copy();
-      site.delta->to(site.tensor.device());
-      plan.sites.push_back(std::move(site));
-    }
+    Plan plan = plan_copy_of(*state, describe_network(to));
     Adapter copy = commit(to, state->name, std::move(plan));
-    auto& twin = *copy.shared_state();
-    twin.enabled = state->enabled.load();
-    twin.scale = state->scale.load();
-    twin.loaded_config = state->loaded_config;
+    copy_switches(*state, *copy.shared_state());
   }
 }
 
@@ -113,7 +123,8 @@ auto clone(
     const auto theirs = detail::base_parameters(*copy);
     auto required = [&](const Tensor& tensor) {
       for (const auto& [name, registry] : registries) {
-        for (const auto& [weak, flag] : registry->required_grad) {
+        for (const auto& [weak, flag] :
+             *registry->adapters.front()->required_grad) {
           if (detail::lock_tensor(weak).is_same(tensor)) {
             return flag;
           }

@@ -3,6 +3,7 @@
 #include <peft/functional/convolution.h>
 
 #include <c10/util/FunctionRef.h>
+#include <c10/util/StringUtil.h>
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
@@ -138,6 +139,33 @@ class Delta : public torch::nn::Module {
   /// The tensors as a file names them, after the module's own name
   /// ("lora_A.weight"), in file order.
   virtual std::vector<std::pair<std::string, Tensor>> file_tensors() const = 0;
+
+  /// A parameter in the shape that a file has for it, where that differs.
+  virtual Tensor to_file(const std::string& /*name*/, const Tensor& parameter)
+      const {
+    return parameter;
+  }
+  /// Takes a tensor of a file; returns why it does not fit, or "". With
+  /// `dry_run` it only says so.
+  virtual std::string from_file(
+      const std::string& name,
+      const Tensor& value,
+      bool dry_run) {
+    for (auto& item : file_tensors()) {
+      if (item.first != name) {
+        continue;
+      }
+      if (item.second.sizes() != value.sizes()) {
+        return c10::str(
+            "shape ", value.sizes(), " where ", item.second.sizes(), " fits");
+      }
+      if (!dry_run) {
+        torch::NoGradGuard no_grad;
+        item.second.copy_(value);
+      }
+    }
+    return {};
+  }
 
   /// An independent copy with the same values and requires_grad.
   virtual std::shared_ptr<Delta> copy() const = 0;

@@ -167,27 +167,20 @@ inline void unmerge_adapter(AdapterState& adapter) {
   adapter.merged = false;
 }
 
-} // namespace detail
-
-/// Folds every enabled adapter of `model` into its weights and leaves a plain
-/// torch::nn module: no tag, no extra child, the operators of the base. The old
-/// base is let go. Disabled adapters are dropped without being folded. Results
-/// that are not finite are refused before anything is written.
-inline void merge(torch::nn::Module& model) {
-  const auto registries = detail::registries_below(model);
-  std::vector<std::shared_ptr<detail::AdapterState>> states;
-  for (const auto& registry : registries) {
-    states.insert(
-        states.end(), registry->adapters.begin(), registry->adapters.end());
-  }
+/// Folds the enabled ones of all adapters of a model for good.
+inline void merge_for_good(const States& states) {
   TORCH_CHECK(
       !states.empty(), "peft: there is no adapter on this model to merge");
-  std::vector<std::pair<std::string, std::shared_ptr<detail::Site>>> sites;
+  TORCH_CHECK(
+      active_info() == nullptr,
+      "peft: merging folds the enabled adapters; leave the ActiveAdapters "
+      "scope first");
+  std::vector<std::pair<std::string, std::shared_ptr<Site>>> sites;
   for (const auto& state : states) {
     if (state->enabled && !state->merged) {
-      detail::check_mergeable(*state);
+      check_mergeable(*state);
     }
-    for (auto& item : detail::unique_sites(*state)) {
+    for (auto& item : unique_sites(*state)) {
       for (const auto& entry : item.second->entries) {
         TORCH_CHECK(
             std::find(states.begin(), states.end(), entry.adapter) !=
@@ -206,23 +199,32 @@ inline void merge(torch::nn::Module& model) {
     }
   }
 
-  auto folded = [](const detail::Site& site) {
+  auto folded = [](const Site& site) {
     torch::NoGradGuard no_grad;
-    detail::NoTagGuard guard(detail::kAdaptedKey);
-    return detail::apply_deltas(
-        site, detail::base_of(detail::tensor_of(site)));
+    NoTagGuard guard(kAdaptedKey);
+    return apply_deltas(site, base_of(tensor_of(site)));
   };
   // A dry run first: folding is cheap, a second copy of the network is not.
   for (const auto& [name, site] : sites) {
-    detail::check_finite(folded(*site), name);
+    check_finite(folded(*site), name);
   }
   for (const auto& [name, site] : sites) {
-    detail::write_base(detail::tensor_of(*site), folded(*site));
+    write_base(tensor_of(*site), folded(*site));
   }
   for (const auto& state : states) {
     state->merged = false; // folded for good: nothing to restore
-    detail::detach_adapter(state);
+    detach_adapter(state);
   }
+}
+
+} // namespace detail
+
+/// Folds every enabled adapter of `model` into its weights and leaves a plain
+/// torch::nn module: no tag, no extra child, the operators of the base. The old
+/// base is let go. Disabled adapters are dropped without being folded. Results
+/// that are not finite are refused before anything is written.
+inline void merge(torch::nn::Module& model) {
+  detail::merge_for_good(detail::states_below(model));
 }
 
 } // namespace peft

@@ -67,12 +67,12 @@ class Registry : public torch::nn::Module {
   /// The module whose child this is; it outlives its children.
   torch::nn::Module* host;
   std::vector<std::shared_ptr<AdapterState>> adapters;
-  /// requires_grad of the base as it was before the first attach.
-  std::vector<std::pair<c10::weak_intrusive_ptr<c10::TensorImpl>, bool>>
-      required_grad;
 };
 
 inline const char* const kRegistryName = "peft";
+
+inline const char* const kRefuseMaxNorm =
+    "it has max_norm, which rewrites the frozen weight on every call";
 
 inline std::shared_ptr<Registry> registry_of(const torch::nn::Module& module) {
   const auto children = module.named_children();
@@ -181,14 +181,12 @@ inline void describe_layer(const torch::nn::Module& module, Layer& layer) {
   }
   if (describe_as<EmbeddingImpl>(module, layer, LayerKind::embedding)) {
     if (module.as<EmbeddingImpl>()->options.max_norm()) {
-      layer.refusal =
-          "it has max_norm, which rewrites the frozen weight on every call";
+      layer.refusal = kRefuseMaxNorm;
     }
   } else if (
       describe_as<EmbeddingBagImpl>(module, layer, LayerKind::embedding_bag)) {
     if (module.as<EmbeddingBagImpl>()->options.max_norm()) {
-      layer.refusal =
-          "it has max_norm, which rewrites the frozen weight on every call";
+      layer.refusal = kRefuseMaxNorm;
     }
   } else if (const auto* attention = module.as<MultiheadAttentionImpl>()) {
     layer.kind = LayerKind::attention;
@@ -200,6 +198,23 @@ inline void describe_layer(const torch::nn::Module& module, Layer& layer) {
       module.as<RNNCellImpl>()) {
     layer.kind = LayerKind::recurrent;
   }
+}
+
+/// The attention layer whose out_proj the module `name` is, or "".
+inline std::string attention_around(
+    const Network& network,
+    const std::string& name) {
+  const auto dot = name.rfind('.');
+  const std::string last =
+      dot == std::string::npos ? name : name.substr(dot + 1);
+  const std::string parent = dot == std::string::npos ? "" : name.substr(0, dot);
+  for (const auto& other : network) {
+    if (last == "out_proj" && other.name == parent &&
+        other.kind == LayerKind::attention) {
+      return parent;
+    }
+  }
+  return "";
 }
 
 } // namespace detail
@@ -216,18 +231,7 @@ inline Network describe_network(torch::nn::Module& root) {
       layer.parameters.emplace_back(p.key(), p.value());
     }
     detail::describe_layer(m, layer);
-    const auto dot = name.rfind('.');
-    const std::string last =
-        dot == std::string::npos ? name : name.substr(dot + 1);
-    if (last == "out_proj") {
-      const std::string parent =
-          dot == std::string::npos ? "" : name.substr(0, dot);
-      for (const auto& other : network) {
-        if (other.name == parent && other.kind == LayerKind::attention) {
-          layer.parent_attention = parent;
-        }
-      }
-    }
+    layer.parent_attention = detail::attention_around(network, name);
     network.push_back(std::move(layer));
   });
   return network;

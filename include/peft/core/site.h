@@ -34,6 +34,9 @@ struct SiteRecord {
   std::weak_ptr<Site> site;
 };
 
+using RequiredGrad =
+    std::vector<std::pair<c10::weak_intrusive_ptr<c10::TensorImpl>, bool>>;
+
 /// What all sites of one adapter share. The switches are atomic: other threads
 /// may run the model while they are thrown.
 struct AdapterState {
@@ -52,6 +55,9 @@ struct AdapterState {
   std::vector<SiteRecord> sites;
   /// The module whose child keeps the parameters (null under TorchScript).
   std::weak_ptr<torch::nn::Module> registry;
+  /// requires_grad of the base before the first attach; the adapters of a model
+  /// share it, and the last one to go restores it.
+  std::shared_ptr<RequiredGrad> required_grad;
 };
 
 /// One adapter at one weight.

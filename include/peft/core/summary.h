@@ -29,12 +29,12 @@ inline std::string with_commas(int64_t n) {
   return digits;
 }
 
-} // namespace detail
-
-inline ParameterCount count_parameters(torch::nn::Module& model) {
+inline ParameterCount count_parameters(
+    const std::vector<std::pair<std::string, Tensor>>& base,
+    const std::vector<Adapter>& adapters) {
   ParameterCount count;
   std::vector<Tensor> seen;
-  for (const auto& item : detail::base_parameters(model)) {
+  for (const auto& item : base) {
     const Tensor& p = item.second;
     const bool tied = std::any_of(seen.begin(), seen.end(), [&](const auto& o) {
       return o.is_same(p) ||
@@ -47,7 +47,7 @@ inline ParameterCount count_parameters(torch::nn::Module& model) {
       count.trainable += p.requires_grad() ? p.numel() : 0;
     }
   }
-  for (const auto& adapter : adapters(model)) {
+  for (const auto& adapter : adapters) {
     for (const auto& record : adapter.shared_state()->sites) {
       for (const auto& p : record.delta->parameters()) {
         count.trainable += p.requires_grad() ? p.numel() : 0;
@@ -58,19 +58,15 @@ inline ParameterCount count_parameters(torch::nn::Module& model) {
   return count;
 }
 
-/// What trains, in all and by site:
-///
-///   trainable 73,728 of 22,786,944 (0.32 %)
-///   adapter 'default' (LORA): 73,728 parameters at 12 sites
-///     encoder.layer.0.attention.self.query  [384, 384]  lora r=8    6,144
-inline std::string summary(torch::nn::Module& model) {
-  const ParameterCount count = count_parameters(model);
+inline std::string summary(
+    const ParameterCount& count,
+    const std::vector<Adapter>& adapters) {
   std::string text = fmt::format(
       "trainable {} of {} ({:.2f} %)\n",
-      detail::with_commas(count.trainable),
-      detail::with_commas(count.total),
+      with_commas(count.trainable),
+      with_commas(count.total),
       count.total == 0 ? 0.0 : 100.0 * count.trainable / count.total);
-  for (const auto& adapter : adapters(model)) {
+  for (const auto& adapter : adapters) {
     const auto sites = adapter.sites();
     std::string notes;
     notes += adapter.is_enabled() ? "" : ", disabled";
@@ -82,7 +78,7 @@ inline std::string summary(torch::nn::Module& model) {
         "adapter '{}' ({}): {} parameters at {} sites{}\n",
         adapter.name(),
         adapter.method(),
-        detail::with_commas(adapter.num_parameters()),
+        with_commas(adapter.num_parameters()),
         sites.size(),
         notes);
     size_t width = 0;
@@ -96,13 +92,29 @@ inline std::string summary(torch::nn::Module& model) {
           width,
           fmt::format("[{}]", fmt::join(site.shape, ", ")),
           site.what,
-          detail::with_commas(site.num_parameters),
+          with_commas(site.num_parameters),
           site.parameters.size() > 1
               ? fmt::format("  tied: {}", fmt::join(site.parameters, ", "))
               : "");
     }
   }
   return text;
+}
+
+} // namespace detail
+
+inline ParameterCount count_parameters(torch::nn::Module& model) {
+  return detail::count_parameters(
+      detail::base_parameters(model), adapters(model));
+}
+
+/// What trains, in all and by site:
+///
+///   trainable 73,728 of 22,786,944 (0.32 %)
+///   adapter 'default' (LORA): 73,728 parameters at 12 sites
+///     encoder.layer.0.attention.self.query  [384, 384]  lora r=8    6,144
+inline std::string summary(torch::nn::Module& model) {
+  return detail::summary(count_parameters(model), adapters(model));
 }
 
 } // namespace peft

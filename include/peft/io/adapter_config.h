@@ -192,6 +192,30 @@ class AdapterConfig {
     return has(field) ? get<T>(field) : std::move(fallback);
   }
 
+  /// Whether the field is absent, null, false, or an empty list, object or
+  /// string.
+  bool is_empty(const std::string& field) const {
+    const auto found = fields_.find(field);
+    return found == fields_.end() || found->is_null() ||
+        *found == nlohmann::json(false) || *found == nlohmann::json("") ||
+        (found->is_structured() && found->empty());
+  }
+
+  /// Sets a number that is written as an integer where it is one (lora_alpha).
+  AdapterConfig& set_number(const std::string& field, double value) {
+    fields_[field] = number(value);
+    return *this;
+  }
+  AdapterConfig& set_numbers(
+      const std::string& field,
+      const std::map<std::string, double>& values) {
+    fields_[field] = nlohmann::json::object();
+    for (const auto& [name, value] : values) {
+      fields_[field][name] = number(value);
+    }
+    return *this;
+  }
+
   /// Sets a field to a value of one of the types that `get` takes, or to null
   /// (`nullptr`).
   template <typename T>
@@ -242,6 +266,12 @@ class AdapterConfig {
   }
 
  private:
+  static nlohmann::json number(double value) {
+    const auto whole = static_cast<int64_t>(value);
+    return static_cast<double>(whole) == value ? nlohmann::json(whole)
+                                               : nlohmann::json(value);
+  }
+
   AdapterConfig(nlohmann::json fields, std::string where)
       : fields_(std::move(fields)), where_(std::move(where)) {
     TORCH_CHECK(

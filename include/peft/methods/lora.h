@@ -67,6 +67,8 @@ struct LoraOptions {
   /// factors of its own (loralib's enable_lora). Empty: all of them, with one
   /// shared A, as HF does; the default targets take q and v.
   TORCH_ARG(std::vector<bool>, enable_lora);
+  /// HF's lora_bias: B has a bias too, so the layer's own bias moves as well.
+  TORCH_ARG(bool, lora_bias) = false;
   /// The weights are [in, out] (GPT-2's Conv1D).
   TORCH_ARG(bool, fan_in_fan_out) = false;
 };
@@ -94,7 +96,8 @@ inline void check(const LoraOptions& options) {
   }
   const auto& init = options.init();
   TORCH_CHECK_VALUE(
-      init == "gaussian" || init == "kaiming" || init == "random",
+      init == "gaussian" || init == "kaiming" || init == "random" ||
+          init == "empty",
       "peft: init must be 'gaussian', 'kaiming' or 'random', got '",
       init,
       "'");
@@ -300,6 +303,47 @@ class LoraDelta final : public Delta {
     return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
   }
 
+  /// HF knows no blocks (they become a diagonal of zeros and factors), and its
+  /// A sees all inputs of a grouped convolution (zeros outside the group).
+  Tensor to_file(const std::string& name, const Tensor& parameter)
+      const override {
+    torch::NoGradGuard no_grad;
+    if (config_.layout == Layout::blocks && name == "lora_B.weight") {
+      return scattered_B();
+    }
+    if (is_grouped() && name == "lora_A.weight" && obstacle_.empty()) {
+      const int64_t g = config_.groups, rank = parameter.size(0) / g;
+      auto sizes = parameter.sizes().vec();
+      const int64_t inputs = sizes[1];
+      sizes[1] *= g;
+      Tensor full = at::zeros(sizes, parameter.options());
+      for (int64_t i = 0; i < g; ++i) {
+        full.slice(0, i * rank, (i + 1) * rank)
+            .slice(1, i * inputs, (i + 1) * inputs)
+            .copy_(parameter.slice(0, i * rank, (i + 1) * rank));
+      }
+      return full;
+    }
+    return parameter;
+  }
+
+  std::string from_file(
+      const std::string& name,
+      const Tensor& value,
+      bool dry_run) override {
+    auto sizes = lora_A.sizes().vec();
+    if (is_grouped() && name == "lora_A.weight" && obstacle_.empty()) {
+      sizes[1] *= config_.groups;
+      if (value.sizes() == at::IntArrayRef(sizes)) {
+        if (!dry_run) {
+          take_grouped_A(value);
+        }
+        return {};
+      }
+    }
+    return Delta::from_file(name, value, dry_run);
+  }
+
   std::shared_ptr<Delta> copy() const override {
     torch::NoGradGuard no_grad;
     auto result =
@@ -313,12 +357,6 @@ class LoraDelta final : public Delta {
 
   std::string describe() const override {
     return "lora r=" + std::to_string(r());
-  }
-
-  /// A reason why this one cannot be merged (a file's factors do not fit the
-  /// layer's groups).
-  void forbid_merge(std::string why) {
-    obstacle_ = std::move(why);
   }
 
   /// ΔW = up · down: down [r, columns of W], up [rows of W, r].
@@ -351,9 +389,32 @@ class LoraDelta final : public Delta {
     }
     return count;
   }
+  bool is_grouped() const {
+    return config_.layout == Layout::convolution && config_.groups > 1;
+  }
+  /// A of HF's form: the groups' own blocks where the rest is zero, else whole.
+  void take_grouped_A(const Tensor& full) {
+    torch::NoGradGuard no_grad;
+    const int64_t g = config_.groups, rank = lora_A.size(0) / g;
+    const int64_t inputs = lora_A.size(1);
+    Tensor own = at::empty_like(lora_A);
+    for (int64_t i = 0; i < g; ++i) {
+      own.slice(0, i * rank, (i + 1) * rank)
+          .copy_(full.slice(0, i * rank, (i + 1) * rank)
+                     .slice(1, i * inputs, (i + 1) * inputs));
+    }
+    const bool fits = at::count_nonzero(full).item<int64_t>() ==
+        at::count_nonzero(own).item<int64_t>();
+    if (!fits) {
+      obstacle_ =
+          "its lora_A sees the inputs of all groups, which no grouped weight "
+          "can express";
+    }
+    lora_A.set_data((fits ? own : full.clone()).to(lora_A.options()));
+  }
   /// HF's grouped convolution: A sees all inputs, so ΔW is not grouped.
   bool is_dense_grouped(const Tensor& weight) const {
-    return config_.groups > 1 && lora_A.size(1) != weight.size(1);
+    return is_grouped() && lora_A.size(1) != weight.size(1);
   }
   /// The blocks of B on the diagonal of [out, r · enabled], zeros elsewhere.
   Tensor scattered_B() const {
@@ -391,6 +452,9 @@ inline std::pair<Tensor, Tensor> lora_init(
     LoraLayout layout,
     int64_t r) {
   torch::NoGradGuard no_grad;
+  if (options.init() == "empty") { // to be filled from a file
+    return {torch::zeros(A_sizes), torch::zeros(B_sizes)};
+  }
   Tensor A = torch::empty(A_sizes), B = torch::empty(B_sizes);
   const double root_5 = std::sqrt(5.0);
   if (layout == LoraLayout::embedding) {
@@ -473,6 +537,41 @@ inline std::shared_ptr<LoraDelta> make_lora_delta(
       B.to(where).set_requires_grad(true),
       config);
 }
+
+/// HF's lora_bias: b' = b + s · lora_B.bias.
+class LoraBiasDelta final : public Delta {
+ public:
+  LoraBiasDelta(Tensor initial, double scaling) : scaling_(scaling) {
+    bias = register_parameter("bias", initial, initial.requires_grad());
+  }
+  Tensor effective(const Tensor& weight, double scale) const override {
+    return at::add(weight, bias.to(weight.scalar_type()), scale * scaling_);
+  }
+  std::optional<at::ScalarType> dtype() const override {
+    return bias.scalar_type();
+  }
+  bool is_additive() const override {
+    return true;
+  }
+  std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
+    return {{"lora_B.bias", bias}};
+  }
+  std::shared_ptr<Delta> copy() const override {
+    auto result = std::make_shared<LoraBiasDelta>(
+        bias.detach().clone().set_requires_grad(bias.requires_grad()),
+        scaling_);
+    result->train(is_training());
+    return result;
+  }
+  std::string describe() const override {
+    return "lora bias";
+  }
+
+  Tensor bias;
+
+ private:
+  double scaling_;
+};
 
 /// The names that attention's query and value projections go by in the
 /// architectures of HF, for default targets.
@@ -726,6 +825,9 @@ class LoraPlanner {
     // Where a module has one weight, HF's patterns and keys name the module.
     const bool main = key == "weight" || key == "in_proj_weight";
     const std::string& module = main ? layer.name : path;
+    // HF adapts out_proj as a part of its attention, with its patterns.
+    const std::string& pattern_name =
+        layer.parent_attention.empty() ? module : layer.parent_attention;
     LoraLayout layout = LoraLayout::matrix;
     int64_t groups = 1;
     if (!enabled.empty() && key == "in_proj_weight") {
@@ -748,12 +850,40 @@ class LoraPlanner {
         options_,
         weight,
         layout,
-        lora_scale(options_, module),
+        lora_scale(options_, pattern_name),
         path,
         groups,
         enabled);
     sites_.push_back({module, path, prefix, weight, std::move(delta)});
+    if (options_.lora_bias()) {
+      plan_lora_bias(layer, key, prefix, lora_scale(options_, pattern_name));
+    }
     adapted_.push_back(&layer);
+  }
+
+  void plan_lora_bias(
+      const Layer& layer,
+      const std::string& key,
+      const std::string& prefix,
+      LoraScale scale) {
+    const Tensor bias = layer.parameter("bias");
+    TORCH_CHECK(
+        key == "weight" && bias.defined() &&
+            layer.kind != LayerKind::normalization,
+        "peft: lora_bias needs a layer with a bias, and '",
+        layer.path(key),
+        "' stands beside none");
+    c10::InferenceMode off(false);
+    const auto where =
+        torch::TensorOptions(bias.device()).dtype(adapter_dtype(bias));
+    Tensor initial = torch::zeros(bias.sizes(), where);
+    sites_.push_back(
+        {layer.path("bias"),
+         layer.path("bias"),
+         prefix,
+         bias,
+         std::make_shared<LoraBiasDelta>(
+             initial.set_requires_grad(true), scale.scaling)});
   }
 
   /// bias = "all": every bias of the network; "lora_only": of adapted layers.
@@ -771,11 +901,12 @@ class LoraPlanner {
         continue;
       }
       for (const auto& p : layer.parameters) {
-        const bool is_bias = p.first.find("bias") != std::string::npos;
-        if (is_bias && p.second.is_floating_point()) {
+        if (p.first == "bias") { // HF's rule: in_proj_bias stays frozen
           PlannedSite site = plan_copy(layer, p.first);
-          if (adapted) {
-            site.file_prefix = layer.path("base_layer"); // as HF wraps it
+          if (adapted) { // under the name that HF's wrapper gives it
+            site.file_prefix = layer.parent_attention.empty()
+                ? layer.path("base_layer")
+                : layer.parent_attention + ".base_layer.out_proj.base_layer";
           }
           sites_.push_back(std::move(site));
         }
