@@ -61,7 +61,7 @@ function(peft_find_cli11 problem)
   endif()
 endfunction()
 
-# peft_utf8proc: Unicode for the tokenizer of the examples, linked statically
+# peft_utf8proc: Unicode for the examples' tokenizer and its test, linked statically
 # where it is fetched.
 function(peft_find_utf8proc problem)
   set(${problem} "" PARENT_SCOPE)
@@ -95,5 +95,5 @@ function(peft_find_utf8proc problem)
     return()
   endif()
   set(${problem} "utf8proc (Debian: apt-get install libutf8proc-dev), or \
--DPEFT_BUILD_EXAMPLES=OFF" PARENT_SCOPE)
+-DPEFT_BUILD_TESTS=OFF -DPEFT_BUILD_EXAMPLES=OFF" PARENT_SCOPE)
 endfunction()
