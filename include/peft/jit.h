@@ -29,6 +29,7 @@
 ///   adapter, and its file holds the bare base.
 
 #include <peft/peft.h>
+#include <peft/io/pretrained.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
@@ -242,6 +243,21 @@ inline std::string summary(const torch::jit::Module& model) {
 /// saves, freezes and optimises like any other.
 inline void merge(const torch::jit::Module& model) {
   detail::merge_for_good(detail::states_within(model));
+}
+
+/// Attaches the adapter that `folder` holds, written by libpeft or by HF PEFT,
+/// under `name`, as peft::load does on torch::nn.
+inline Adapter load(
+    const torch::jit::Module& model,
+    const std::string& folder,
+    const std::string& name = "default",
+    const LoadOptions& options = {}) {
+  std::string config;
+  auto plan = detail::plan_from_folder(
+      describe_network(model), folder, options, config);
+  Adapter adapter = detail::commit(model, name, std::move(plan));
+  adapter.shared_state()->loaded_config = std::move(config);
+  return adapter;
 }
 
 /// A deep copy with adapters of its own; the class and its code are shared.

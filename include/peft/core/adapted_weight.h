@@ -28,6 +28,7 @@
 #include <torch/csrc/jit/runtime/interpreter.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <memory>
@@ -136,9 +137,8 @@ using NoTagGuard = c10::impl::ExcludeDispatchKeyGuard;
 /// part of the graph only where the base itself trains.
 inline Tensor base_of(const Tensor& t) {
   NoTagGuard guard(kAdaptedKey);
-  Tensor alias = t.requires_grad() && at::GradMode::is_enabled()
-      ? at::alias(t)
-      : t.detach();
+  Tensor alias = t.requires_grad() && at::GradMode::is_enabled() ? at::alias(t)
+                                                                 : t.detach();
   remove_tag(alias);
   return alias;
 }
@@ -238,10 +238,8 @@ inline const Tensor& root_of(const Tensor& t, const AdaptedMeta& meta) {
 }
 
 /// Applies the output transforms that sit on the bias behind `meta`.
-inline Tensor apply_outputs(
-    const Tensor& bias,
-    const AdaptedMeta* meta,
-    Tensor y) {
+inline Tensor
+apply_outputs(const Tensor& bias, const AdaptedMeta* meta, Tensor y) {
   if (meta == nullptr || !meta->site->has_output()) {
     return y;
   }
@@ -260,10 +258,8 @@ inline Tensor apply_outputs(
 // Fast paths
 // ----------------------------------------------------------------------------
 
-inline Tensor run_linear(
-    const ActiveEntries& active,
-    size_t level,
-    const LinearCall& call) {
+inline Tensor
+run_linear(const ActiveEntries& active, size_t level, const LinearCall& call) {
   if (level == 0) {
     return at::linear(call.x, call.weight, call.bias);
   }
@@ -412,10 +408,8 @@ inline Tensor addmm_kernel(
   return apply_outputs(bias, bias_meta, std::move(y));
 }
 
-inline Tensor& add__kernel(
-    Tensor& self,
-    const Tensor& other,
-    const at::Scalar& alpha) {
+inline Tensor&
+add__kernel(Tensor& self, const Tensor& other, const at::Scalar& alpha) {
   auto* meta = tag_of(other);
   const bool writes_weight = tag_of(self) != nullptr;
   NoTagGuard guard(kAdaptedKey);
@@ -623,8 +617,7 @@ inline Tensor to_dtype_layout_kernel(
     bool copy,
     std::optional<at::MemoryFormat> format) {
   return moved(self, [&](const Tensor& b) {
-    return b.to(
-        dtype, layout, device, pin_memory, non_blocking, copy, format);
+    return b.to(dtype, layout, device, pin_memory, non_blocking, copy, format);
   });
 }
 
@@ -651,8 +644,8 @@ inline bool has_compatible_shallow_copy_type_kernel(
   const bool compatible = at::_has_compatible_shallow_copy_type(self, from);
   if (compatible && meta != nullptr && from_is_plain) {
     auto tag = same_tag(*meta);
-    tag->lender = c10::weak_intrusive_ptr<c10::TensorImpl>(
-        from.getIntrusivePtr());
+    tag->lender =
+        c10::weak_intrusive_ptr<c10::TensorImpl>(from.getIntrusivePtr());
     set_tag(from, std::move(tag));
   }
   return compatible;
@@ -704,10 +697,8 @@ inline bool is_written(const c10::Argument& argument) {
 
 /// Decides from the strides whether `view` of `parent` (both plain) is again
 /// rows of the matrix or its transpose, and notes it in `tag`.
-inline void classify_view(
-    const Tensor& parent,
-    const Tensor& view,
-    AdaptedMeta& tag) {
+inline void
+classify_view(const Tensor& parent, const Tensor& view, AdaptedMeta& tag) {
   const bool typed = view.scalar_type() == parent.scalar_type() &&
       view.layout() == parent.layout();
   if (!tag.matrix || !typed) {
@@ -747,6 +738,36 @@ inline void classify_view(
   }
 }
 
+/// The elements that as_strided(sizes, strides, offset) of `parent` picks, as
+/// positions in parent.flatten(): strides are those of the base's memory, which
+/// the value does not share.
+inline Tensor strided_elements(
+    const Tensor& parent,
+    at::IntArrayRef sizes,
+    at::IntArrayRef strides,
+    int64_t offset) {
+  int64_t reach = 1;
+  for (int64_t i = 0; i < parent.dim(); ++i) {
+    reach += std::max<int64_t>(parent.size(i) - 1, 0) * parent.stride(i);
+  }
+  Tensor places = at::full({reach}, -1, at::kLong);
+  places.as_strided(parent.sizes(), parent.strides(), 0)
+      .copy_(at::arange(parent.numel()).view(parent.sizes()));
+  int64_t last = offset - parent.storage_offset();
+  const int64_t first = last;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    last += std::max<int64_t>(sizes[i] - 1, 0) * strides[i];
+  }
+  TORCH_CHECK(
+      first >= 0 && last < reach,
+      "peft: as_strided reaches beyond an adapted weight");
+  Tensor picked = places.as_strided(sizes, strides, first).contiguous();
+  TORCH_CHECK(
+      picked.numel() == 0 || picked.min().item<int64_t>() >= 0,
+      "peft: as_strided reaches beyond an adapted weight");
+  return picked.to(parent.device());
+}
+
 /// A view operator on one tagged tensor: the result is a real view of the base
 /// that carries the tag, so writes reach the base and nothing is built until
 /// the value is needed. Returns false where the operator copied.
@@ -783,6 +804,12 @@ inline bool lazy_view(
     op.callBoxed(&s);
     return s;
   };
+  Tensor picked; // for as_strided: which elements, instead of a replay
+  if (op.schema().name() == "aten::as_strided") {
+    const Tensor& view = outputs[0].toTensor();
+    picked = strided_elements(
+        parent, view.sizes(), view.strides(), view.storage_offset());
+  }
   const bool stored_transposed = !meta.view && meta.transposed;
   const Tensor root = meta.view ? meta.root
       : stored_transposed       ? parent.t()
@@ -795,9 +822,14 @@ inline bool lazy_view(
     auto tag = same_tag(meta);
     classify_view(parent, output, *tag);
     tag->root = root;
-    tag->view = [replay, chain, stored_transposed, index, element](
+    tag->view = [replay, chain, stored_transposed, picked, index, element](
                     const Tensor& e) {
       const Tensor before = chain ? chain(e) : stored_transposed ? e.t() : e;
+      if (picked.defined()) {
+        return before.reshape(-1)
+            .index_select(0, picked.reshape(-1))
+            .view(picked.sizes());
+      }
       const c10::IValue result = replay(before)[index];
       return element < 0 ? result.toTensor()
                          : result.toListRef()[element].toTensor();
@@ -822,15 +854,15 @@ inline bool lazy_view(
 /// Operators that only ask for the shape or the type.
 inline bool reads_metadata(const std::string& name) {
   static const std::unordered_set<std::string> names{
-      "aten::size",         "aten::sym_size",     "aten::stride",
-      "aten::sym_stride",   "aten::numel",        "aten::sym_numel",
-      "aten::dim",          "aten::is_complex",   "aten::is_floating_point",
-      "aten::is_signed",    "aten::is_same_size", "aten::is_contiguous",
-      "aten::empty_like",   "aten::zeros_like",   "aten::ones_like",
-      "aten::full_like",    "aten::rand_like",    "aten::randn_like",
-      "aten::new_empty",    "aten::new_zeros",    "aten::new_ones",
-      "aten::new_full",     "aten::result_type",  "aten::can_cast",
-      "aten::_version",     "aten::is_leaf",      "aten::output_nr",
+      "aten::size",         "aten::sym_size",      "aten::stride",
+      "aten::sym_stride",   "aten::numel",         "aten::sym_numel",
+      "aten::dim",          "aten::is_complex",    "aten::is_floating_point",
+      "aten::is_signed",    "aten::is_same_size",  "aten::is_contiguous",
+      "aten::empty_like",   "aten::zeros_like",    "aten::ones_like",
+      "aten::full_like",    "aten::rand_like",     "aten::randn_like",
+      "aten::new_empty",    "aten::new_zeros",     "aten::new_ones",
+      "aten::new_full",     "aten::result_type",   "aten::can_cast",
+      "aten::_version",     "aten::is_leaf",       "aten::output_nr",
       "aten::is_inference", "aten::requires_grad_"};
   return names.count(name) != 0;
 }
@@ -838,10 +870,17 @@ inline bool reads_metadata(const std::string& name) {
 /// In-place changes of shape, under which an adapter would no longer fit.
 inline bool changes_shape(const std::string& name) {
   static const std::unordered_set<std::string> names{
-      "aten::t_",         "aten::transpose_", "aten::swapaxes_",
-      "aten::swapdims_",  "aten::squeeze_",   "aten::unsqueeze_",
-      "aten::as_strided_", "aten::resize_",   "aten::resize_as_",
-      "aten::set_",       "aten::swap_"};
+      "aten::t_",
+      "aten::transpose_",
+      "aten::swapaxes_",
+      "aten::swapdims_",
+      "aten::squeeze_",
+      "aten::unsqueeze_",
+      "aten::as_strided_",
+      "aten::resize_",
+      "aten::resize_as_",
+      "aten::set_",
+      "aten::swap_"};
   return names.count(name) != 0;
 }
 
@@ -888,8 +927,7 @@ inline void fallback(
     const c10::IValue& value = (*stack)[first + i];
     const bool writes = is_written(arguments[i]);
     if (writes) {
-      for_each_tensor(
-          value, [&](const Tensor& t) { written.push_back(t); });
+      for_each_tensor(value, [&](const Tensor& t) { written.push_back(t); });
     }
     if (!holds_tag(value)) {
       continue;
@@ -1032,8 +1070,9 @@ inline void ensure_registered() {
       return true;
     }
     try {
-      TORCH_CHECK(!c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(
-          kAdaptedKey));
+      TORCH_CHECK(
+          !c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(
+              kAdaptedKey));
       register_kernels();
     } catch (const c10::Error&) {
       // Another copy of libpeft may be registering at this very moment; it

@@ -39,7 +39,8 @@ inline void check_adapter_name(const std::string& name) {
       name,
       "'");
   TORCH_CHECK(
-      name != "__base__", "peft: '__base__' stands for the base; choose another");
+      name != "__base__",
+      "peft: '__base__' stands for the base; choose another");
 }
 
 inline void check_adaptable(const PlannedSite& site) {
@@ -88,7 +89,8 @@ inline void register_at(
     for (int i = 2; node.named_children().contains(key); ++i) {
       key = head + "_" + std::to_string(i);
     }
-    node.register_module(key, std::static_pointer_cast<torch::nn::Module>(delta));
+    node.register_module(
+        key, std::static_pointer_cast<torch::nn::Module>(delta));
     return;
   }
   auto next = child != nullptr
@@ -352,21 +354,16 @@ inline std::shared_ptr<AdapterState> hang(
 
 /// Puts a finished plan on `root` and registers the adapter's parameters below
 /// it.
-inline Adapter commit(
-    torch::nn::Module& root,
-    const std::string& name,
-    Plan plan) {
+inline Adapter
+commit(torch::nn::Module& root, const std::string& name, Plan plan) {
   auto registry = registry_of(root);
   TORCH_CHECK(
       registry || !root.named_children().contains(kRegistryName),
       "peft: the model has a child module named 'peft', where the adapters "
       "would go; rename it");
   auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
-  auto state = hang(
-      name,
-      std::move(plan),
-      base_parameters(root),
-      states_below(root));
+  auto state =
+      hang(name, std::move(plan), base_parameters(root), states_below(root));
   for (const auto& record : state->sites) {
     register_at(*node, record.parameters.front(), record.delta);
   }

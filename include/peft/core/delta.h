@@ -147,10 +147,8 @@ class Delta : public torch::nn::Module {
   }
   /// Takes a tensor of a file; returns why it does not fit, or "". With
   /// `dry_run` it only says so.
-  virtual std::string from_file(
-      const std::string& name,
-      const Tensor& value,
-      bool dry_run) {
+  virtual std::string
+  from_file(const std::string& name, const Tensor& value, bool dry_run) {
     for (auto& item : file_tensors()) {
       if (item.first != name) {
         continue;

@@ -13,10 +13,8 @@ namespace peft {
 namespace detail {
 
 /// The base after folding `adapter`'s deltas at this site into `weight`.
-inline Tensor fold(
-    const Site& site,
-    const AdapterState& adapter,
-    const Tensor& weight) {
+inline Tensor
+fold(const Site& site, const AdapterState& adapter, const Tensor& weight) {
   torch::NoGradGuard no_grad;
   auto dtype = weight.scalar_type();
   for (const auto& entry : site.entries) {
@@ -83,8 +81,8 @@ inline void check_merge_order(
 }
 
 /// The sites of an adapter, each with the name it is reported by, once.
-inline std::vector<std::pair<std::string, std::shared_ptr<Site>>>
-unique_sites(const AdapterState& adapter) {
+inline std::vector<std::pair<std::string, std::shared_ptr<Site>>> unique_sites(
+    const AdapterState& adapter) {
   std::vector<std::pair<std::string, std::shared_ptr<Site>>> result;
   for (const auto& record : adapter.sites) {
     auto site = lock_site(record);
@@ -152,8 +150,7 @@ inline void unmerge_adapter(AdapterState& adapter) {
   for (const auto& [name, site] : unique_sites(adapter)) {
     const Tensor weight = tensor_of(*site);
     auto& order = site->merge_order;
-    order.erase(
-        std::remove(order.begin(), order.end(), &adapter), order.end());
+    order.erase(std::remove(order.begin(), order.end(), &adapter), order.end());
     // Start over from the first base: subtracting would round.
     Tensor value = site->original.to(weight.device(), weight.scalar_type());
     for (const AdapterState* other : order) {

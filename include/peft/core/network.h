@@ -124,10 +124,8 @@ inline std::vector<std::pair<std::string, Tensor>> base_parameters(
 
 /// A member that was assigned (`head->weight = embedding->weight`) leaves its
 /// old tensor in the module's register; forward uses the member.
-inline void prefer_member(
-    Layer& layer,
-    const std::string& key,
-    const Tensor& member) {
+inline void
+prefer_member(Layer& layer, const std::string& key, const Tensor& member) {
   for (auto& item : layer.parameters) {
     if (item.first == key && member.defined()) {
       item.second = member;
@@ -183,8 +181,8 @@ inline void describe_layer(const torch::nn::Module& module, Layer& layer) {
     if (module.as<EmbeddingImpl>()->options.max_norm()) {
       layer.refusal = kRefuseMaxNorm;
     }
-  } else if (
-      describe_as<EmbeddingBagImpl>(module, layer, LayerKind::embedding_bag)) {
+  } else if (describe_as<EmbeddingBagImpl>(
+                 module, layer, LayerKind::embedding_bag)) {
     if (module.as<EmbeddingBagImpl>()->options.max_norm()) {
       layer.refusal = kRefuseMaxNorm;
     }
@@ -207,7 +205,8 @@ inline std::string attention_around(
   const auto dot = name.rfind('.');
   const std::string last =
       dot == std::string::npos ? name : name.substr(dot + 1);
-  const std::string parent = dot == std::string::npos ? "" : name.substr(0, dot);
+  const std::string parent =
+      dot == std::string::npos ? "" : name.substr(0, dot);
   for (const auto& other : network) {
     if (last == "out_proj" && other.name == parent &&
         other.kind == LayerKind::attention) {

@@ -84,8 +84,7 @@ class Targets {
     return names_;
   }
   bool empty() const {
-    return kind_ == Kind::automatic ||
-        (kind_ == Kind::list && names_.empty());
+    return kind_ == Kind::automatic || (kind_ == Kind::list && names_.empty());
   }
 
   /// Whether `name` (of `layer`, or of one of its parameters) is meant.
@@ -120,8 +119,7 @@ class Targets {
       return true;
     }
     return !target.empty() && name.size() > target.size() &&
-        name.compare(name.size() - target.size(), target.size(), target) ==
-        0 &&
+        name.compare(name.size() - target.size(), target.size(), target) == 0 &&
         name[name.size() - target.size() - 1] == '.';
   }
 
@@ -227,8 +225,7 @@ inline void check_every_name_matches(
                      layer.parameters.begin(),
                      layer.parameters.end(),
                      [&](const auto& p) {
-                       return Targets::name_matches(
-                           layer.path(p.first), entry);
+                       return Targets::name_matches(layer.path(p.first), entry);
                      });
         });
     TORCH_CHECK(

@@ -38,8 +38,7 @@ inline at::Tensor convolution(
             x, weight, bias, args.stride, padding, args.dilation, args.groups);
     }
   };
-  return args.padding_mode.empty() ? run(args.padding)
-                                   : run(args.padding_mode);
+  return args.padding_mode.empty() ? run(args.padding) : run(args.padding_mode);
 }
 
 } // namespace functional

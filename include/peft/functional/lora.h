@@ -115,9 +115,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     } else {
       ctx->save_for_backward({x, A, B, t, weight});
     }
-    return x.dim() == 2
-        ? y
-        : at::_unsafe_view(y, output_sizes(x, weight.size(0)));
+    return x.dim() == 2 ? y
+                        : at::_unsafe_view(y, output_sizes(x, weight.size(0)));
   }
 
   static torch::autograd::variable_list backward(
@@ -168,8 +167,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
 } // namespace detail
 
 /// LoRA on a linear map. x [*, in], weight [out, in], bias [out] or absent,
-/// A [r, in], B [out, r] → [*, out] in the dtype of the base's result. `dropout`
-/// is the probability to apply now: 0 outside training.
+/// A [r, in], B [out, r] → [*, out] in the dtype of the base's result.
+/// `dropout` is the probability to apply now: 0 outside training.
 inline Tensor lora_linear(
     const Tensor& x,
     const Tensor& weight,
@@ -185,12 +184,11 @@ inline Tensor lora_linear(
       x.scalar_type() != dtype ||
       at::autocast::is_autocast_enabled(x.device().type()) ||
       c10::impl::tls_is_dispatch_key_included(
-          c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       detail::has_tangent(x) || detail::has_tangent(A) ||
       detail::has_tangent(B) || detail::has_tangent(weight);
   if (composed) {
-    return detail::lora_linear_composed(
-        x, weight, bias, A, B, scale, dropout);
+    return detail::lora_linear_composed(x, weight, bias, A, B, scale, dropout);
   }
   const bool needs_grad = at::GradMode::is_enabled() &&
       (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
@@ -200,8 +198,8 @@ inline Tensor lora_linear(
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor x2 = detail::as_matrix(x);
-  const Tensor y = detail::lora_product(
-      x2, weight, bias, at::mm(x2, A.t()), B, scale);
+  const Tensor y =
+      detail::lora_product(x2, weight, bias, at::mm(x2, A.t()), B, scale);
   return x.dim() == 2
       ? y
       : at::_unsafe_view(y, detail::output_sizes(x, weight.size(0)));
@@ -231,8 +229,9 @@ inline Tensor lora_embedding(
     bool scale_grad_by_freq = false) {
   const Tensor y =
       at::embedding(weight, indices, padding_idx, scale_grad_by_freq);
-  return (y + lora_embedding_term(
-                  indices, A, B, scale, padding_idx, scale_grad_by_freq))
+  return (y +
+          lora_embedding_term(
+              indices, A, B, scale, padding_idx, scale_grad_by_freq))
       .to(y.scalar_type());
 }
 
@@ -296,8 +295,7 @@ inline Tensor lora_convolution(
     double dropout = 0.0) {
   const Tensor y = convolution(x, weight, bias, args);
   const int64_t A_groups = A.size(1) == weight.size(1) ? args.groups : 1;
-  return (y +
-          lora_convolution_term(x, A, B, scale, args, A_groups, dropout))
+  return (y + lora_convolution_term(x, A, B, scale, args, A_groups, dropout))
       .to(y.scalar_type());
 }
 

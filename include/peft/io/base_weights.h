@@ -1,5 +1,7 @@
 #pragma once
 
+#include <peft/core/adapted_weight.h>
+#include <peft/core/network.h>
 #include <peft/io/json.h>
 #include <peft/io/safetensors.h>
 
@@ -53,16 +55,6 @@ struct BaseWeightsReport {
 };
 
 namespace detail {
-
-/// The name of the child module that keeps the adapters' tensors.
-constexpr const char* kAdapterChild = "peft";
-
-/// Whether a parameter belongs to an adapter, not to the base.
-inline bool is_adapter_name(const std::string& name) {
-  const std::string child = std::string(kAdapterChild) + '.';
-  return name.compare(0, child.size(), child) == 0 ||
-      name.find('.' + child) != std::string::npos;
-}
 
 /// The rule of `BaseWeightsOptions`' lists.
 class NameList {
@@ -272,6 +264,11 @@ inline std::string why_not_copy(
   if (target.is_meta()) {
     return "the model's tensor is on the meta device, without data";
   }
+  const auto* adapted = tag_of(target);
+  if (adapted != nullptr && !adapted->site->merge_order.empty()) {
+    return "adapter '" + adapted->site->merge_order.back()->name +
+        "' is merged into it; unmerge() first";
+  }
   if (target.is_inference() && !c10::InferenceMode::is_enabled()) {
     return "the model's tensor was made in inference mode";
   }
@@ -312,15 +309,20 @@ inline BaseWeightsReport load_base(
   const detail::NameList ignore_missing(options.ignore_missing());
   const detail::NameList ignore_extra(options.ignore_extra());
 
+  // The adapters' own tensors are left out.
   detail::NamedTensors targets;
-  for (const auto& tensors :
-       {model.named_parameters(), model.named_buffers()}) {
-    for (const auto& item : tensors) {
-      if (item.value().defined() && !detail::is_adapter_name(item.key())) {
-        targets.emplace(item.key(), item.value());
-      }
-    }
-  }
+  detail::walk(
+      model, "", [&](const std::string& name, torch::nn::Module& module) {
+        const auto prefix = name.empty() ? name : name + '.';
+        for (const auto& own :
+             {module.named_parameters(false), module.named_buffers(false)}) {
+          for (const auto& item : own) {
+            if (item.value().defined()) {
+              targets.emplace(prefix + item.key(), item.value());
+            }
+          }
+        }
+      });
 
   BaseWeightsReport report;
   std::vector<std::string> extra, missing, misfits, disagreeing;
@@ -381,7 +383,7 @@ inline BaseWeightsReport load_base(
       "peft: \"",
       path,
       "\" does not fit the model; nothing was loaded.",
-      detail::list_problems("wrong shape or type", misfits),
+      detail::list_problems("cannot be filled", misfits),
       detail::list_problems("missing from the file", missing),
       detail::list_problems("extra in the file", extra),
       detail::list_problems(

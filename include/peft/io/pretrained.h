@@ -213,9 +213,8 @@ inline void fill_plan(
       !strict || missing.empty()
           ? ""
           : "\n  missing from the file:" + listed(missing),
-      !strict || extra.empty()
-          ? ""
-          : "\n  unexpected in the file:" + listed(extra));
+      !strict || extra.empty() ? ""
+                               : "\n  unexpected in the file:" + listed(extra));
   each(/*dry_run=*/false);
 }
 
@@ -292,9 +291,15 @@ struct LoraFiles {
           "; this version of libpeft does not have it");
     }
     for (const char* field :
-         {"layer_replication", "target_parameters", "trainable_token_indices",
-          "alora_invocation_tokens", "arrow_config", "kasa_config",
-          "monteclora_config", "velora_config", "use_bdlora",
+         {"layer_replication",
+          "target_parameters",
+          "trainable_token_indices",
+          "alora_invocation_tokens",
+          "arrow_config",
+          "kasa_config",
+          "monteclora_config",
+          "velora_config",
+          "use_bdlora",
           "megatron_config"}) {
       TORCH_CHECK(
           !config.has(field) || config.is_empty(field),
@@ -320,12 +325,12 @@ struct LoraFiles {
     if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
       o.exclude(targets_field(config, "exclude_modules"));
     }
-    for (auto& [name, value] : config.get<std::map<std::string, double>>(
-             "rank_pattern", {})) {
+    for (auto& [name, value] :
+         config.get<std::map<std::string, double>>("rank_pattern", {})) {
       o.rank_pattern().emplace_back(name, value);
     }
-    for (auto& [name, value] : config.get<std::map<std::string, double>>(
-             "alpha_pattern", {})) {
+    for (auto& [name, value] :
+         config.get<std::map<std::string, double>>("alpha_pattern", {})) {
       o.alpha_pattern().emplace_back(name, value);
     }
     if (config.has("layers_to_transform")) {
@@ -361,7 +366,8 @@ struct LoraFiles {
             "peft: init_lora_weights is '",
             scheme,
             "', which changed the base before training; convert the adapter "
-            "to plain LoRA with PEFT's path_initial_model_for_weight_conversion");
+            "to plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion");
       }
       o.init("gaussian");
     }
@@ -505,8 +511,7 @@ struct BitFitFiles {
   static constexpr const char* type = "BITFIT";
 
   static BitFitOptions options(const AdapterConfig& config) {
-    BitFitOptions o(
-        config.get<std::vector<std::string>>("biases", {"all"}));
+    BitFitOptions o(config.get<std::vector<std::string>>("biases", {"all"}));
     if (config.has("target_modules")) {
       o.targets(targets_field(config, "target_modules"));
     }
@@ -562,8 +567,7 @@ inline Plan plan_from_folder(
         path,
         "' is not one that this version of libpeft reads (LORA, BITFIT)");
   }
-  fill_plan(
-      result, read_adapter_weights(folder), folder, options.strict());
+  fill_plan(result, read_adapter_weights(folder), folder, options.strict());
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
       p.set_requires_grad(options.is_trainable());
@@ -585,9 +589,9 @@ inline void save(const Adapter& adapter, const std::string& folder) {
   const bool lora = state.method == detail::LoraFiles::type;
   AdapterConfig config = !state.loaded_config.empty()
       ? AdapterConfig::parse(state.loaded_config)
-      : lora ? AdapterConfig::lora_defaults()
-             : AdapterConfig::parse(
-                   R"({"peft_type": ")" + state.method + R"("})");
+      : lora
+      ? AdapterConfig::lora_defaults()
+      : AdapterConfig::parse(R"({"peft_type": ")" + state.method + R"("})");
   if (lora) {
     detail::LoraFiles::write(state, config);
   } else {
@@ -604,8 +608,7 @@ inline void save(const Adapter& adapter, const std::string& folder) {
   for (const auto& site : state.sites) {
     for (const auto& item : site.delta->file_tensors()) {
       tensors.emplace_back(
-          detail::kKeyPrefix +
-              detail::file_key(site.file_prefix, item.first),
+          detail::kKeyPrefix + detail::file_key(site.file_prefix, item.first),
           site.delta->to_file(item.first, item.second.detach()));
     }
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <peft/core/adapted_weight.h>
 #include <peft/detail/platform.h>
 #include <peft/io/json.h>
 
@@ -419,9 +420,9 @@ using SafetensorsMetadata = std::map<std::string, std::string>;
 ///
 /// Tensors may be on any device and of any strides. Each is written whole:
 /// tensors that share memory are written once for every name, and a weight
-/// with an adapter attached is written as its base. Undefined, sparse,
-/// quantised and meta tensors, dtypes that the format lacks, and repeated
-/// names are errors.
+/// with an adapter is written as its base (`peft::effective` gives the other).
+/// Undefined, sparse, quantised and meta tensors, dtypes that the format lacks,
+/// and repeated names are errors.
 inline void save_safetensors(
     const std::vector<std::pair<std::string, torch::Tensor>>& tensors,
     const std::string& path,
@@ -525,7 +526,8 @@ inline void save_safetensors(
   file.write(&length, 8);
   file.write(header);
   for (const auto& item : items) {
-    const auto tensor = item.tensor->detach()
+    const auto tensor = base(*item.tensor)
+                            .detach()
                             .to(torch::kCPU)
                             .resolve_conj()
                             .resolve_neg()

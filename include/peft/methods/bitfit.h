@@ -66,7 +66,8 @@ inline std::string role_of(const Layer& layer) {
     return "layer_norm";
   }
   if (is_one_of(
-          last, {"query", "q_proj", "q", "q_lin", "to_q", "wq", "query_proj"})) {
+          last,
+          {"query", "q_proj", "q", "q_lin", "to_q", "wq", "query_proj"})) {
     return "query";
   }
   if (is_one_of(
@@ -74,7 +75,8 @@ inline std::string role_of(const Layer& layer) {
     return "key";
   }
   if (is_one_of(
-          last, {"value", "v_proj", "v", "v_lin", "to_v", "wv", "value_proj"})) {
+          last,
+          {"value", "v_proj", "v", "v_lin", "to_v", "wv", "value_proj"})) {
     return "value";
   }
   if (ends_with(layer.name, "attention.output.dense") ||
@@ -85,7 +87,14 @@ inline std::string role_of(const Layer& layer) {
   if (ends_with(layer.name, "intermediate.dense") ||
       is_one_of(
           last,
-          {"linear1", "fc1", "c_fc", "up_proj", "wi", "wi_0", "wi_1", "lin1",
+          {"linear1",
+           "fc1",
+           "c_fc",
+           "up_proj",
+           "wi",
+           "wi_0",
+           "wi_1",
+           "lin1",
            "dense_h_to_4h"})) {
     return "intermediate";
   }
@@ -114,8 +123,15 @@ inline std::vector<std::string> expand_subsets(const BitFitOptions& options) {
     TORCH_CHECK_VALUE(
         is_one_of(
             subset,
-            {"all", "query", "key", "value", "attention_output",
-             "intermediate", "output", "layer_norm", "query_intermediate"}),
+            {"all",
+             "query",
+             "key",
+             "value",
+             "attention_output",
+             "intermediate",
+             "output",
+             "layer_norm",
+             "query_intermediate"}),
         "peft: BitFit knows no biases called '",
         subset,
         "'; choose among all, query, key, value, attention_output, "
@@ -160,8 +176,8 @@ inline Plan plan(const BitFitOptions& options, const Network& network) {
             !options.targets().matches(layer.path(key), layer)) {
           continue;
         }
-        const bool part =
-            is_packed_bias(layer, key) && is_one_of(subset, {"query", "key", "value"});
+        const bool part = is_packed_bias(layer, key) &&
+            is_one_of(subset, {"query", "key", "value"});
         if (subset != "all" && !part && role_of(layer) != subset) {
           continue;
         }
@@ -169,15 +185,16 @@ inline Plan plan(const BitFitOptions& options, const Network& network) {
         const auto planned = [&](const PlannedSite& site) {
           return site.parameter == layer.path(key) && !part;
         };
-        if (std::any_of(
-                result.sites.begin(), result.sites.end(), planned)) {
+        if (std::any_of(result.sites.begin(), result.sites.end(), planned)) {
           continue; // named by two subsets
         }
         PlannedSite site = plan_copy(layer, key);
         if (part) {
           const int64_t third = p.second.size(0) / 3;
-          const int64_t begin =
-              third * (subset == "query" ? 0 : subset == "key" ? 1 : 2);
+          const int64_t begin = third *
+              (subset == "query"     ? 0
+                   : subset == "key" ? 1
+                                     : 2);
           site.delta = std::make_shared<TrainedCopy>(
               base(p.second), key + "." + subset, Rows{begin, begin + third});
         }
@@ -257,9 +274,8 @@ class BitFitImpl : public ExplicitLayer<Base, BitFitImpl<Base>> {
 ///
 ///   peft::BitFit<torch::nn::LayerNorm> norm(existing_norm);
 template <class Layer>
-class BitFit
-    : public torch::nn::ModuleHolder<
-          BitFitImpl<typename Layer::ContainedType>> {
+class BitFit : public torch::nn::ModuleHolder<
+                   BitFitImpl<typename Layer::ContainedType>> {
  public:
   using torch::nn::ModuleHolder<
       BitFitImpl<typename Layer::ContainedType>>::ModuleHolder;

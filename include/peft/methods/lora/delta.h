@@ -1,0 +1,445 @@
+#pragma once
+
+#include <peft/core/delta.h>
+#include <peft/functional/lora.h>
+#include <peft/methods/lora/options.h>
+
+#include <torch/nn/init.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+/// How a weight's numbers lie, and with them the shapes of A and B.
+enum class LoraLayout {
+  matrix, // [out, ...]: A [r, rest], B [out, r]
+  transposed, // [in, out]: ΔW = (B A)ᵀ (GPT-2's Conv1D)
+  embedding, // [num, dim]: ΔW = (B A)ᵀ, A zero and B Gaussian at the start
+  convolution, // A [r, in/g, k...], B [out, r/g, 1...]
+  blocks // packed q, k, v: one A [r, in] and B [out/3, r] for each enabled one
+};
+
+} // namespace detail
+
+/// LoRA at one weight: A, B and the scaling.
+class LoraDelta final : public Delta {
+ public:
+  using Layout = detail::LoraLayout;
+
+  struct Config {
+    Layout layout = Layout::matrix;
+    double scaling = 1.0;
+    double dropout = 0.0;
+    int64_t groups = 1; // of a convolution
+    std::vector<bool> enabled; // for blocks
+  };
+
+  LoraDelta(Tensor A, Tensor B, Config config) : config_(std::move(config)) {
+    lora_A = register_parameter(name_of("A"), A, A.requires_grad());
+    lora_B = register_parameter(name_of("B"), B, B.requires_grad());
+  }
+
+  int64_t r() const {
+    return config_.layout == Layout::blocks ? lora_A.size(0) / enabled_blocks()
+                                            : lora_A.size(0);
+  }
+  const Config& config() const {
+    return config_;
+  }
+
+  Tensor effective(const Tensor& weight, double scale) const override {
+    const double s = scale * config_.scaling;
+    const auto dtype = weight.scalar_type();
+    if (config_.layout == Layout::convolution) {
+      TORCH_CHECK(!is_dense_grouped(weight), obstacle_);
+      return weight +
+          functional::lora_convolution_delta(
+                 lora_A.to(dtype),
+                 lora_B.to(dtype),
+                 s,
+                 config_.groups,
+                 weight.sizes());
+    }
+    const auto [down, up] = factors();
+    // Weights of more dimensions count as matrices [out, rest].
+    const Tensor matrix =
+        weight.dim() == 2 ? weight : weight.reshape({weight.size(0), -1});
+    return functional::lora_merged(matrix, down.to(dtype), up.to(dtype), s)
+        .reshape(weight.sizes());
+  }
+
+  std::optional<at::ScalarType> dtype() const override {
+    return lora_A.scalar_type();
+  }
+  bool is_additive() const override {
+    return true;
+  }
+  std::string merge_obstacle() const override {
+    return obstacle_;
+  }
+
+  bool has_linear() const override {
+    return config_.layout != Layout::convolution;
+  }
+  Tensor linear(
+      const LinearCall& call,
+      const Below<LinearCall>& below,
+      double scale) const override {
+    auto [down, up] = factors();
+    if (call.rows.begin != 0 || call.rows.end != up.size(0)) {
+      up = up.slice(0, call.rows.begin, call.rows.end);
+    }
+    if (call.transposed) { // (up down)ᵀ = downᵀ upᵀ
+      Tensor swapped = up.t();
+      up = down.t();
+      down = swapped;
+    }
+    const double s = scale * config_.scaling;
+    if (below.is_base) {
+      return functional::lora_linear(
+          call.x, call.weight, call.bias, down, up, s, dropout_now());
+    }
+    const Tensor y = below(call);
+    return (y +
+            functional::lora_linear_term(call.x, down, up, s, dropout_now()))
+        .to(y.scalar_type());
+  }
+
+  bool has_embedding() const override {
+    return config_.layout == Layout::embedding;
+  }
+  Tensor embedding(
+      const EmbeddingCall& call,
+      const Below<EmbeddingCall>& below,
+      double scale) const override {
+    const Tensor y = below(call);
+    return (y +
+            functional::lora_embedding_term(
+                call.indices,
+                lora_A,
+                lora_B,
+                scale * config_.scaling,
+                call.padding_idx,
+                call.scale_grad_by_freq))
+        .to(y.scalar_type());
+  }
+
+  bool has_convolution() const override {
+    return config_.layout == Layout::convolution;
+  }
+  /// conv(x, W) + s · conv₁(conv(drop(x), A), B): B is a 1×1 convolution.
+  Tensor convolution(
+      const ConvolutionCall& call,
+      const Below<ConvolutionCall>& below,
+      double scale) const override {
+    const Tensor y = below(call);
+    if (call.args.groups != config_.groups) { // were unknown at attach
+      auto zeros = at::zeros(call.weight.sizes(), lora_A.options());
+      const Tensor change = effective(zeros, scale);
+      const Tensor x = call.x.to(change.scalar_type());
+      return (y + functional::convolution(x, change, std::nullopt, call.args))
+          .to(y.scalar_type());
+    }
+    return (y +
+            functional::lora_convolution_term(
+                call.x,
+                lora_A,
+                lora_B,
+                scale * config_.scaling,
+                call.args,
+                is_dense_grouped(call.weight) ? 1 : call.args.groups,
+                dropout_now()))
+        .to(y.scalar_type());
+  }
+
+  std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
+    if (config_.layout == Layout::embedding) {
+      return {{"lora_embedding_A", lora_A}, {"lora_embedding_B", lora_B}};
+    }
+    return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
+  }
+
+  /// HF knows no blocks (they become a diagonal of zeros and factors), and its
+  /// A sees all inputs of a grouped convolution (zeros outside the group).
+  Tensor to_file(const std::string& name, const Tensor& parameter)
+      const override {
+    torch::NoGradGuard no_grad;
+    if (config_.layout == Layout::blocks && name == "lora_B.weight") {
+      return scattered_B();
+    }
+    if (is_grouped() && name == "lora_A.weight" && obstacle_.empty()) {
+      const int64_t g = config_.groups, rank = parameter.size(0) / g;
+      auto sizes = parameter.sizes().vec();
+      const int64_t inputs = sizes[1];
+      sizes[1] *= g;
+      Tensor full = at::zeros(sizes, parameter.options());
+      for (int64_t i = 0; i < g; ++i) {
+        full.slice(0, i * rank, (i + 1) * rank)
+            .slice(1, i * inputs, (i + 1) * inputs)
+            .copy_(parameter.slice(0, i * rank, (i + 1) * rank));
+      }
+      return full;
+    }
+    return parameter;
+  }
+
+  std::string from_file(
+      const std::string& name,
+      const Tensor& value,
+      bool dry_run) override {
+    auto sizes = lora_A.sizes().vec();
+    if (is_grouped() && name == "lora_A.weight" && obstacle_.empty()) {
+      sizes[1] *= config_.groups;
+      if (value.sizes() == at::IntArrayRef(sizes)) {
+        if (!dry_run) {
+          take_grouped_A(value);
+        }
+        return {};
+      }
+    }
+    return Delta::from_file(name, value, dry_run);
+  }
+
+  std::shared_ptr<Delta> copy() const override {
+    torch::NoGradGuard no_grad;
+    auto result =
+        std::make_shared<LoraDelta>(lora_A.clone(), lora_B.clone(), config_);
+    result->lora_A.set_requires_grad(lora_A.requires_grad());
+    result->lora_B.set_requires_grad(lora_B.requires_grad());
+    result->obstacle_ = obstacle_;
+    result->train(is_training());
+    return result;
+  }
+
+  std::string describe() const override {
+    return "lora r=" + std::to_string(r());
+  }
+
+  /// ΔW = up · down: down [r, columns of W], up [rows of W, r].
+  std::pair<Tensor, Tensor> factors() const {
+    switch (config_.layout) {
+      case Layout::transposed:
+      case Layout::embedding:
+        return {lora_B.t(), lora_A.t()};
+      case Layout::blocks:
+        return {lora_A, scattered_B()};
+      default:
+        return {lora_A, lora_B};
+    }
+  }
+
+  Tensor lora_A, lora_B;
+
+ private:
+  std::string name_of(const std::string& letter) const {
+    return (config_.layout == Layout::embedding ? "lora_embedding_" : "lora_") +
+        letter;
+  }
+  double dropout_now() const {
+    return is_training() ? config_.dropout : 0.0;
+  }
+  int64_t enabled_blocks() const {
+    int64_t count = 0;
+    for (const bool on : config_.enabled) {
+      count += on ? 1 : 0;
+    }
+    return count;
+  }
+  bool is_grouped() const {
+    return config_.layout == Layout::convolution && config_.groups > 1;
+  }
+  /// A of HF's form: the groups' own blocks where the rest is zero, else whole.
+  void take_grouped_A(const Tensor& full) {
+    torch::NoGradGuard no_grad;
+    const int64_t g = config_.groups, rank = lora_A.size(0) / g;
+    const int64_t inputs = lora_A.size(1);
+    Tensor own = at::empty_like(lora_A);
+    for (int64_t i = 0; i < g; ++i) {
+      own.slice(0, i * rank, (i + 1) * rank)
+          .copy_(full.slice(0, i * rank, (i + 1) * rank)
+                     .slice(1, i * inputs, (i + 1) * inputs));
+    }
+    const bool fits = at::count_nonzero(full).item<int64_t>() ==
+        at::count_nonzero(own).item<int64_t>();
+    if (!fits) {
+      obstacle_ =
+          "its lora_A sees the inputs of all groups, which no grouped weight "
+          "can express";
+    }
+    lora_A.set_data((fits ? own : full.clone()).to(lora_A.options()));
+  }
+  /// HF's grouped convolution: A sees all inputs, so ΔW is not grouped.
+  bool is_dense_grouped(const Tensor& weight) const {
+    return is_grouped() && lora_A.size(1) != weight.size(1);
+  }
+  /// The blocks of B on the diagonal of [out, r · enabled], zeros elsewhere.
+  Tensor scattered_B() const {
+    const int64_t blocks = enabled_blocks();
+    const int64_t rank = lora_A.size(0) / blocks;
+    const int64_t height = lora_B.size(0) / blocks;
+    std::vector<Tensor> rows;
+    int64_t at_block = 0;
+    for (const bool on : config_.enabled) {
+      if (!on) {
+        rows.push_back(at::zeros({height, lora_A.size(0)}, lora_B.options()));
+        continue;
+      }
+      rows.push_back(at::constant_pad_nd(
+          lora_B.slice(0, at_block * height, (at_block + 1) * height),
+          {at_block * rank, (blocks - 1 - at_block) * rank}));
+      ++at_block;
+    }
+    return at::cat(rows);
+  }
+
+  Config config_;
+  std::string obstacle_;
+};
+
+namespace detail {
+
+/// A and B for a weight, as HF draws them: on the CPU, from the default
+/// generator, in the order of nn.Linear's own initialisation, so that a seed
+/// gives the same numbers in Python.
+inline std::pair<Tensor, Tensor> lora_init(
+    const LoraOptions& options,
+    const std::vector<int64_t>& A_sizes,
+    const std::vector<int64_t>& B_sizes,
+    LoraLayout layout,
+    int64_t r) {
+  torch::NoGradGuard no_grad;
+  if (options.init() == "empty") { // to be filled from a file
+    return {torch::zeros(A_sizes), torch::zeros(B_sizes)};
+  }
+  Tensor A = torch::empty(A_sizes), B = torch::empty(B_sizes);
+  const double root_5 = std::sqrt(5.0);
+  if (layout == LoraLayout::embedding) {
+    A.normal_();
+    B.normal_();
+    if (options.init() != "random") { // a table's A is the zero one
+      A.zero_();
+      B.normal_();
+    }
+    return {A, B};
+  }
+  torch::nn::init::kaiming_uniform_(A, root_5);
+  torch::nn::init::kaiming_uniform_(B, root_5);
+  if (options.init() == "gaussian") {
+    torch::nn::init::normal_(A, 0.0, 1.0 / static_cast<double>(r));
+    B.zero_();
+  } else if (options.init() == "kaiming") {
+    torch::nn::init::kaiming_uniform_(A, root_5);
+    B.zero_();
+  }
+  return {A, B};
+}
+
+/// A LoraDelta for `weight`. `name` is for messages.
+inline std::shared_ptr<LoraDelta> make_lora_delta(
+    const LoraOptions& options,
+    const Tensor& weight,
+    LoraLayout layout,
+    LoraScale scale,
+    const std::string& name,
+    int64_t groups = 1,
+    const std::vector<bool>& enabled = {}) {
+  c10::InferenceMode off(false);
+  const int64_t r = scale.r;
+  LoraDelta::Config config{
+      layout, scale.scaling, options.dropout(), groups, enabled};
+  std::vector<int64_t> A_sizes, B_sizes;
+  switch (layout) {
+    case LoraLayout::matrix:
+      A_sizes = {r, weight.numel() / std::max<int64_t>(1, weight.size(0))};
+      B_sizes = {weight.size(0), r};
+      break;
+    case LoraLayout::transposed:
+    case LoraLayout::embedding:
+      A_sizes = {r, weight.size(0)};
+      B_sizes = {weight.size(1), r};
+      break;
+    case LoraLayout::convolution:
+      TORCH_CHECK_VALUE(
+          r % groups == 0,
+          "peft: r must be divisible by the groups of the convolution '",
+          name,
+          "': got r = ",
+          r,
+          " and groups = ",
+          groups);
+      A_sizes = weight.sizes().vec();
+      A_sizes[0] = r;
+      B_sizes.assign(weight.dim(), 1);
+      B_sizes[0] = weight.size(0);
+      B_sizes[1] = r / groups;
+      break;
+    case LoraLayout::blocks: {
+      int64_t count = 0;
+      for (const bool on : enabled) {
+        count += on ? 1 : 0;
+      }
+      TORCH_CHECK_VALUE(
+          count > 0,
+          "peft: enable_lora switches every block of '",
+          name,
+          "' off");
+      A_sizes = {r * count, weight.size(1)};
+      B_sizes = {weight.size(0) / 3 * count, r};
+      break;
+    }
+  }
+  auto [A, B] = lora_init(options, A_sizes, B_sizes, layout, r);
+  const auto where =
+      torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight));
+  return std::make_shared<LoraDelta>(
+      A.to(where).set_requires_grad(true),
+      B.to(where).set_requires_grad(true),
+      config);
+}
+
+/// HF's lora_bias: b' = b + s · lora_B.bias.
+class LoraBiasDelta final : public Delta {
+ public:
+  LoraBiasDelta(Tensor initial, double scaling) : scaling_(scaling) {
+    bias = register_parameter("bias", initial, initial.requires_grad());
+  }
+  Tensor effective(const Tensor& weight, double scale) const override {
+    return at::add(weight, bias.to(weight.scalar_type()), scale * scaling_);
+  }
+  std::optional<at::ScalarType> dtype() const override {
+    return bias.scalar_type();
+  }
+  bool is_additive() const override {
+    return true;
+  }
+  std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
+    return {{"lora_B.bias", bias}};
+  }
+  std::shared_ptr<Delta> copy() const override {
+    auto result = std::make_shared<LoraBiasDelta>(
+        bias.detach().clone().set_requires_grad(bias.requires_grad()),
+        scaling_);
+    result->train(is_training());
+    return result;
+  }
+  std::string describe() const override {
+    return "lora bias";
+  }
+
+  Tensor bias;
+
+ private:
+  double scaling_;
+};
+
+} // namespace detail
+
+} // namespace peft

@@ -1,0 +1,144 @@
+#pragma once
+
+#include <peft/core/targets.h>
+
+#include <torch/arg.h>
+
+#include <cmath>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+/// Options for LoRA.
+///
+///   peft::LoraOptions(8).alpha(16).dropout(0.05).targets({"query", "value"})
+struct LoraOptions {
+  using Pattern = std::vector<std::pair<std::string, double>>;
+
+  LoraOptions(int64_t r = 8) : r_(r) {}
+
+  /// Rank.
+  TORCH_ARG(int64_t, r);
+  /// HF's lora_alpha: the update is scaled by alpha / r.
+  TORCH_ARG(double, alpha) = 8;
+  /// HF's lora_dropout: on x, before A, in training mode.
+  TORCH_ARG(double, dropout) = 0;
+  /// HF's target_modules. Default: the query and value projections.
+  TORCH_ARG(Targets, targets);
+  /// HF's exclude_modules: taken out of the targets.
+  TORCH_ARG(Targets, exclude);
+  /// HF's rank_pattern, alpha_pattern: for names that end in the pattern (a
+  /// regular expression) this r, this alpha; the first match counts.
+  TORCH_ARG(Pattern, rank_pattern);
+  TORCH_ARG(Pattern, alpha_pattern);
+  /// HF's layers_to_transform: only these indices of a stack of layers, and
+  /// layers_pattern: the name of the stack ("layers") where there are several.
+  TORCH_ARG(std::vector<int64_t>, layers);
+  TORCH_ARG(std::vector<std::string>, layers_pattern);
+  /// HF's use_rslora.
+  TORCH_ARG(bool, rslora) = false;
+  /// How A and B start: "gaussian" (A ~ N(0, 1/r²), B = 0), "kaiming" (HF's
+  /// default: A uniform in ±1/√in, B = 0), or "random" (HF's
+  /// init_lora_weights=false: B is not zero, so the adapter acts at once).
+  TORCH_ARG(std::string, init) = "gaussian";
+  /// Which biases train too: "none", "lora_only" (those of the targets), "all".
+  TORCH_ARG(std::string, bias) = "none";
+  /// Modules trained whole, beside the adapter: a task head.
+  TORCH_ARG(std::vector<std::string>, modules_to_save);
+  /// For packed attention projections: which of q, k, v are adapted, each with
+  /// factors of its own (loralib's enable_lora). Empty: all of them, with one
+  /// shared A, as HF does; the default targets take q and v.
+  TORCH_ARG(std::vector<bool>, enable_lora);
+  /// HF's lora_bias: B has a bias too, so the layer's own bias moves as well.
+  TORCH_ARG(bool, lora_bias) = false;
+  /// The weights are [in, out] (GPT-2's Conv1D).
+  TORCH_ARG(bool, fan_in_fan_out) = false;
+};
+
+namespace detail {
+
+inline void check(const LoraOptions& options) {
+  TORCH_CHECK_VALUE(
+      options.r() > 0, "peft: r must be positive, got ", options.r());
+  TORCH_CHECK_VALUE(
+      std::isfinite(options.alpha()),
+      "peft: alpha must be finite, got ",
+      options.alpha());
+  TORCH_CHECK_VALUE(
+      options.dropout() >= 0.0 && options.dropout() < 1.0,
+      "peft: dropout must lie in [0, 1), got ",
+      options.dropout());
+  for (const auto& [pattern, rank] : options.rank_pattern()) {
+    TORCH_CHECK_VALUE(
+        rank >= 1 && rank == std::floor(rank),
+        "peft: rank_pattern['",
+        pattern,
+        "'] must be a positive integer, got ",
+        rank);
+  }
+  const auto& init = options.init();
+  TORCH_CHECK_VALUE(
+      init == "gaussian" || init == "kaiming" || init == "random" ||
+          init == "empty",
+      "peft: init must be 'gaussian', 'kaiming' or 'random', got '",
+      init,
+      "'");
+  const auto& bias = options.bias();
+  TORCH_CHECK_VALUE(
+      bias == "none" || bias == "lora_only" || bias == "all",
+      "peft: bias must be 'none', 'lora_only' or 'all', got '",
+      bias,
+      "'");
+  TORCH_CHECK_VALUE(
+      options.enable_lora().empty() || options.enable_lora().size() == 3,
+      "peft: enable_lora names q, k and v: three values, got ",
+      options.enable_lora().size());
+}
+
+/// The value of the first pattern that `name` ends with (HF's rule), or the
+/// default.
+inline double pattern_value(
+    const LoraOptions::Pattern& patterns,
+    const std::string& name,
+    double otherwise) {
+  for (const auto& [pattern, value] : patterns) {
+    if (std::regex_match(name, std::regex("(.*\\.)?(" + pattern + ")"))) {
+      return value;
+    }
+  }
+  return otherwise;
+}
+
+/// r and s = alpha / r (or alpha / √r) at a module.
+struct LoraScale {
+  int64_t r;
+  double scaling;
+};
+
+inline LoraScale lora_scale(
+    const LoraOptions& options,
+    const std::string& module) {
+  const auto r = static_cast<int64_t>(pattern_value(
+      options.rank_pattern(), module, static_cast<double>(options.r())));
+  const double alpha =
+      pattern_value(options.alpha_pattern(), module, options.alpha());
+  return {
+      r,
+      alpha /
+          (options.rslora() ? std::sqrt(static_cast<double>(r))
+                            : static_cast<double>(r))};
+}
+
+/// The dtype that adapters are kept in: at least float32.
+inline at::ScalarType adapter_dtype(const Tensor& weight) {
+  return c10::isReducedFloatingType(weight.scalar_type())
+      ? at::kFloat
+      : weight.scalar_type();
+}
+
+} // namespace detail
+
+} // namespace peft

@@ -1,0 +1,392 @@
+#pragma once
+
+#include <peft/core/attach.h>
+#include <peft/methods/lora/delta.h>
+#include <peft/methods/modules_to_save.h>
+
+#include <algorithm>
+#include <memory>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+/// The names that attention's query and value projections go by in the
+/// architectures of HF, for default targets.
+inline bool is_query_or_value(const Layer& layer) {
+  static const char* const names[] = {
+      "query",
+      "value",
+      "q_proj",
+      "v_proj",
+      "q",
+      "v",
+      "q_lin",
+      "v_lin",
+      "to_q",
+      "to_v",
+      "wq",
+      "wv",
+      "Wq",
+      "Wv",
+      "query_proj",
+      "value_proj",
+      "query_key_value",
+      "c_attn",
+      "qkv",
+      "qkv_proj"};
+  const auto dot = layer.name.rfind('.');
+  const std::string last =
+      dot == std::string::npos ? layer.name : layer.name.substr(dot + 1);
+  for (const char* name : names) {
+    if (last == name) {
+      return layer.parameter("weight").defined();
+    }
+  }
+  return false;
+}
+
+/// HF's layers_to_transform: the first number after a dotted name is the index.
+inline bool in_chosen_layers(
+    const LoraOptions& options,
+    const std::string& name) {
+  if (options.layers().empty()) {
+    return true;
+  }
+  // An entry that is the whole name is meant wherever it stands.
+  for (const auto& target : options.targets().names()) {
+    if (options.targets().kind() == Targets::Kind::list && target == name) {
+      return true;
+    }
+  }
+  std::smatch match;
+  bool found = false;
+  if (options.layers_pattern().empty()) {
+    found = std::regex_search(
+        name,
+        match,
+        std::regex("^.*?\\.[^.]*\\.(\\d+)\\."),
+        std::regex_constants::match_continuous);
+  }
+  for (const auto& pattern : options.layers_pattern()) {
+    found = found ||
+        std::regex_search(
+                name,
+                match,
+                std::regex("^(?:.*?\\.)?" + pattern + "\\.(\\d+)\\."),
+                std::regex_constants::match_continuous);
+    if (found) {
+      break;
+    }
+  }
+  if (!found) {
+    return false;
+  }
+  const int64_t index = std::stoll(match[1].str());
+  for (const auto layer : options.layers()) {
+    if (layer == index) {
+      return true;
+    }
+  }
+  return false;
+}
+
+/// Plans LoRA on one module that a target named. Returns the biases of the
+/// adapted layers for bias = "lora_only".
+class LoraPlanner {
+ public:
+  LoraPlanner(const LoraOptions& options, const Network& network)
+      : options_(options), network_(network) {}
+
+  std::vector<PlannedSite> run() {
+    check(options_);
+    check_names();
+    for (const auto& layer : network_) {
+      if (is_inside(layer.name, options_.modules_to_save()) &&
+          !layer.name.empty()) {
+        continue;
+      }
+      if (options_.targets().empty()) {
+        plan_default(layer);
+      } else if (wanted(layer.name, layer)) {
+        plan_module(layer);
+      } else {
+        for (const auto& p : layer.parameters) {
+          if (wanted(layer.path(p.first), layer)) {
+            plan_parameter(layer, p.first);
+          }
+        }
+      }
+    }
+    TORCH_CHECK(
+        !sites_.empty(),
+        "peft: the targets match nothing that LoRA can adapt",
+        options_.targets().empty()
+            ? " by default (query and value projections); set targets(...)."
+            : ".",
+        near_misses(network_, "weight"));
+    plan_biases();
+    plan_modules_to_save(network_, options_.modules_to_save(), sites_);
+    return std::move(sites_);
+  }
+
+ private:
+  void check_names() const {
+    if (options_.targets().kind() == Targets::Kind::list) {
+      check_every_name_matches(
+          network_, options_.targets().names(), "targets", true);
+    }
+    if (options_.exclude().kind() == Targets::Kind::list) {
+      check_every_name_matches(
+          network_, options_.exclude().names(), "exclude", true);
+    }
+  }
+
+  bool wanted(const std::string& name, const Layer& layer) const {
+    return options_.targets().matches(name, layer) &&
+        !options_.exclude().matches(name, layer) &&
+        in_chosen_layers(options_, name);
+  }
+
+  void plan_default(const Layer& layer) {
+    const bool excluded = options_.exclude().matches(layer.name, layer) ||
+        !in_chosen_layers(options_, layer.name);
+    if (excluded) {
+      return;
+    }
+    if (layer.kind == LayerKind::attention) {
+      plan_attention(layer, {true, false, true});
+    } else if (is_query_or_value(layer)) {
+      plan_weight(layer, "weight");
+    }
+  }
+
+  void plan_module(const Layer& layer) {
+    TORCH_CHECK(
+        layer.refusal.empty(),
+        "peft: '",
+        layer.name,
+        "' (",
+        layer.type,
+        ") cannot be adapted: ",
+        layer.refusal);
+    if (layer.kind == LayerKind::attention) {
+      plan_attention(layer, options_.enable_lora());
+      return;
+    }
+    if (layer.kind == LayerKind::recurrent) {
+      for (const auto& p : layer.parameters) {
+        if (p.second.dim() == 2) {
+          plan_weight(layer, p.first);
+        }
+      }
+      return;
+    }
+    const Tensor weight = layer.parameter("weight");
+    if (weight.defined() && weight.dim() >= 2) {
+      plan_weight(layer, "weight");
+      return;
+    }
+    std::string inside;
+    for (const auto& other : network_) {
+      const bool child = other.name.size() > layer.name.size() &&
+          (layer.name.empty() ||
+           other.name.compare(0, layer.name.size() + 1, layer.name + ".") == 0);
+      if (child && other.parameter("weight").defined() &&
+          other.parameter("weight").dim() >= 2 && inside.size() < 200) {
+        inside += (inside.empty() ? " Inside it are: '" : "', '") + other.name;
+      }
+    }
+    TORCH_CHECK(
+        false,
+        "peft: target '",
+        layer.name,
+        "' is a ",
+        layer.type,
+        " without a weight matrix of its own, which LoRA needs; name the "
+        "layers in it.",
+        inside.empty() ? "" : inside + "'.");
+  }
+
+  void plan_parameter(const Layer& layer, const std::string& key) {
+    TORCH_CHECK(
+        layer.refusal.empty(),
+        "peft: '",
+        layer.path(key),
+        "' cannot be adapted: ",
+        layer.refusal);
+    if (layer.kind == LayerKind::attention && key == "in_proj_weight" &&
+        !options_.enable_lora().empty()) {
+      plan_attention(layer, options_.enable_lora());
+      return;
+    }
+    TORCH_CHECK(
+        layer.parameter(key).dim() >= 2,
+        "peft: '",
+        layer.path(key),
+        "' has ",
+        layer.parameter(key).dim(),
+        " dimension(s); LoRA needs a matrix (BitFit trains biases)");
+    plan_weight(layer, key);
+  }
+
+  /// Packed attention: all of in_proj and out_proj, as HF, or the chosen ones
+  /// of q, k and v.
+  void plan_attention(const Layer& layer, const std::vector<bool>& enabled) {
+    const Tensor packed = layer.parameter("in_proj_weight");
+    if (packed.defined()) {
+      plan_weight(layer, "in_proj_weight", enabled);
+    } else {
+      const char* const keys[] = {
+          "q_proj_weight", "k_proj_weight", "v_proj_weight"};
+      for (size_t i = 0; i < 3; ++i) {
+        if ((enabled.empty() || enabled[i]) &&
+            layer.parameter(keys[i]).defined()) {
+          plan_weight(layer, keys[i]);
+        }
+      }
+    }
+    if (enabled.empty()) {
+      for (const auto& other : network_) {
+        if (other.parent_attention == layer.name &&
+            other.name == layer.path("out_proj") &&
+            !options_.exclude().matches(other.name, other) &&
+            !is_planned(other.path("weight"))) {
+          plan_weight(other, "weight");
+        }
+      }
+    }
+  }
+
+  bool is_planned(const std::string& parameter) const {
+    for (const auto& site : sites_) {
+      if (site.parameter == parameter) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void plan_weight(
+      const Layer& layer,
+      const std::string& key,
+      const std::vector<bool>& enabled = {}) {
+    const std::string path = layer.path(key);
+    if (is_planned(path)) {
+      return;
+    }
+    const Tensor weight = layer.parameter(key);
+    // Where a module has one weight, HF's patterns and keys name the module.
+    const bool main = key == "weight" || key == "in_proj_weight";
+    const std::string& module = main ? layer.name : path;
+    // HF adapts out_proj as a part of its attention, with its patterns.
+    const std::string& pattern_name =
+        layer.parent_attention.empty() ? module : layer.parent_attention;
+    LoraLayout layout = LoraLayout::matrix;
+    int64_t groups = 1;
+    if (!enabled.empty() && key == "in_proj_weight") {
+      layout = LoraLayout::blocks;
+    } else if (
+        key == "weight" && weight.dim() == 2 &&
+        (layer.kind == LayerKind::embedding ||
+         layer.kind == LayerKind::embedding_bag)) {
+      layout = LoraLayout::embedding;
+    } else if (key == "weight" && layer.kind == LayerKind::convolution) {
+      layout = LoraLayout::convolution;
+      groups = layer.groups;
+    } else if (weight.dim() == 2 && options_.fan_in_fan_out()) {
+      layout = LoraLayout::transposed;
+    }
+    std::string prefix = module;
+    if (!layer.parent_attention.empty()) {
+      prefix = layer.parent_attention + ".base_layer.out_proj"; // HF's infix
+    }
+    auto delta = make_lora_delta(
+        options_,
+        weight,
+        layout,
+        lora_scale(options_, pattern_name),
+        path,
+        groups,
+        enabled);
+    sites_.push_back({module, path, prefix, weight, std::move(delta)});
+    if (options_.lora_bias()) {
+      plan_lora_bias(layer, key, prefix, lora_scale(options_, pattern_name));
+    }
+    adapted_.push_back(&layer);
+  }
+
+  void plan_lora_bias(
+      const Layer& layer,
+      const std::string& key,
+      const std::string& prefix,
+      LoraScale scale) {
+    const Tensor bias = layer.parameter("bias");
+    TORCH_CHECK(
+        key == "weight" && bias.defined() &&
+            layer.kind != LayerKind::normalization,
+        "peft: lora_bias needs a layer with a bias, and '",
+        layer.path(key),
+        "' stands beside none");
+    c10::InferenceMode off(false);
+    const auto where =
+        torch::TensorOptions(bias.device()).dtype(adapter_dtype(bias));
+    Tensor initial = torch::zeros(bias.sizes(), where);
+    sites_.push_back(
+        {layer.path("bias"),
+         layer.path("bias"),
+         prefix,
+         bias,
+         std::make_shared<LoraBiasDelta>(
+             initial.set_requires_grad(true), scale.scaling)});
+  }
+
+  /// bias = "all": every bias of the network; "lora_only": of adapted layers.
+  void plan_biases() {
+    if (options_.bias() == "none") {
+      return;
+    }
+    for (const auto& layer : network_) {
+      const bool adapted =
+          std::find(adapted_.begin(), adapted_.end(), &layer) != adapted_.end();
+      if (options_.bias() == "lora_only" && !adapted) {
+        continue;
+      }
+      if (is_inside(layer.name, options_.modules_to_save())) {
+        continue;
+      }
+      for (const auto& p : layer.parameters) {
+        if (p.first == "bias") { // HF's rule: in_proj_bias stays frozen
+          PlannedSite site = plan_copy(layer, p.first);
+          if (adapted) { // under the name that HF's wrapper gives it
+            site.file_prefix = layer.parent_attention.empty()
+                ? layer.path("base_layer")
+                : layer.parent_attention + ".base_layer.out_proj.base_layer";
+          }
+          sites_.push_back(std::move(site));
+        }
+      }
+    }
+  }
+
+  const LoraOptions& options_;
+  const Network& network_;
+  std::vector<PlannedSite> sites_;
+  std::vector<const Layer*> adapted_;
+};
+
+inline Plan plan(const LoraOptions& options, const Network& network) {
+  Plan result;
+  result.method = "LORA";
+  result.options = options;
+  result.sites = LoraPlanner(options, network).run();
+  return result;
+}
+
+} // namespace detail
+
+} // namespace peft
