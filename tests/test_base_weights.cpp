@@ -162,7 +162,7 @@ TEST_CASE("all that does not fit is named, and nothing loaded", "[base]") {
       error, "missing from the file (2):\n    0.bias\n    1.running_mean\n"));
   REQUIRE(contains(
       error, "extra in the file (2):\n    pooler.weight\n    position_ids\n"));
-  REQUIRE(contains(error, "wrong shape or type (2):\n"));
+  REQUIRE(contains(error, "cannot be filled (2):\n"));
   REQUIRE(contains(error, "2.weight: the file has [3, 8], the model [2, 8]"));
   REQUIRE(contains(
       error, "1.num_batches_tracked: the file has Float, the model Long"));
@@ -278,21 +278,53 @@ TEST_CASE("of tied weights one name is enough", "[base]") {
   REQUIRE(equal_bits(model->out.detach(), ones));
 }
 
-TEST_CASE("the adapters' own tensors are not the base", "[base]") {
+TEST_CASE("the base is filled below its adapters", "[base]") {
   TemporaryDirectory folder;
   const auto path = folder / "model.safetensors";
-  auto source = network();
-  peft::save_safetensors(tensors_of(*source), path);
   const auto archive = folder / "model.pt";
+  seed();
+  auto source = network();
+  const auto expected = tensors_of(*source);
+  peft::save_safetensors(expected, path);
   torch::save(source, archive);
 
-  auto model = network();
-  auto adapters = std::make_shared<torch::nn::LinearImpl>(2, 2);
-  model->register_module("peft", adapters);
-  const auto before = tensors_of(*adapters);
   for (const auto& file : {path, archive}) {
+    auto model = network();
+    auto adapter =
+        peft::attach(*model, peft::LoraOptions(2).alpha(4).targets({"0", "2"}));
+    {
+      torch::NoGradGuard no_grad;
+      for (auto& parameter : adapter.parameters()) {
+        parameter.normal_();
+      }
+    }
+    const auto held = adapter.parameters();
+    std::vector<torch::Tensor> before;
+    for (const auto& parameter : held) {
+      before.push_back(parameter.detach().clone());
+    }
+
     REQUIRE(load_base(*model, file).loaded.size() == 9);
-    require_same(tensors_of(*adapters), before);
+    for (size_t i = 0; i < held.size(); ++i) {
+      REQUIRE(equal_bits(held[i].detach(), before[i]));
+    }
+    const auto weight = model->named_parameters()["0.weight"];
+    REQUIRE(peft::is_adapted(weight));
+    REQUIRE_FALSE(
+        torch::equal(peft::effective(weight), expected.at("0.weight")));
+    // Saved with the adapter on, it is the base all the same.
+    peft::save_safetensors({{"w", weight}}, folder / "w.safetensors");
+    REQUIRE(equal_bits(
+        peft::load_safetensors(folder / "w.safetensors").at("w"),
+        expected.at("0.weight")));
+
+    adapter.merge();
+    const auto error = error_of([&] { load_base(*model, file); });
+    INFO(error);
+    REQUIRE(contains(error, "0.weight: adapter 'default' is merged"));
+    adapter.unmerge();
+    adapter.detach();
+    require_same(tensors_of(*model), expected);
   }
 }
 
