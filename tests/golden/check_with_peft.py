@@ -68,8 +68,10 @@ def keys_not_matched(model, folder):
         warnings.simplefilter("ignore")
         wanted = set(get_peft_model_state_dict(model))
     present = set(load_file(folder / "adapter" / "adapter_model.safetensors"))
-    # PEFT writes a saved module's bias under two more names with bias="all".
-    again = {key for key in wanted if ".original_module." in key or ".modules_to_save." in key}
+    # With bias="all" PEFT writes a saved module's bias under two more names, and it always writes
+    # the base weight of a layer named embed_tokens or lm_head.
+    repeats = (".original_module.", ".modules_to_save.", ".base_layer.weight")
+    again = {key for key in wanted if any(part in key for part in repeats)}
     return wanted - present - again, present - wanted
 
 
