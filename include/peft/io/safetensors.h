@@ -24,11 +24,10 @@
 #include <vector>
 
 /// The safetensors format: eight bytes of little-endian header length, a JSON
-/// header, then the tensors' bytes. What is valid follows the official package
-/// (https://github.com/huggingface/safetensors); keys given twice are an error
-/// here, and so are two spellings of an entry that are not in the format's
-/// description but that the package lets through (a list instead of an object,
-/// a dtype that is not a string).
+/// header, then the tensors' bytes. What is valid follows the official
+/// `safetensors` package; refused beyond that are keys given twice, and two
+/// spellings of an entry that the package happens to let through (a list
+/// instead of an object, a dtype that is not a string).
 
 namespace peft {
 
