@@ -92,8 +92,11 @@ mark_as_advanced(PEFT_TIDY_COMMAND)
 if(PEFT_TIDY AND PEFT_TIDY_COMMAND)
   add_library(peft_tidy OBJECT)
   target_link_libraries(peft_tidy PRIVATE peft_dev)
-  set_target_properties(peft_tidy PROPERTIES
-                        CXX_CLANG_TIDY "${PEFT_TIDY_COMMAND};--quiet")
+  # clang's default standard may be older than the compiler's.
+  get_target_property(_standard peft::libtorch INTERFACE_COMPILE_FEATURES)
+  string(REGEX MATCH "[0-9]+" _standard "${_standard}")
+  set_target_properties(peft_tidy PROPERTIES CXX_CLANG_TIDY
+    "${PEFT_TIDY_COMMAND};--quiet;--extra-arg-before=-std=c++${_standard}")
   file(GLOB_RECURSE _headers CONFIGURE_DEPENDS RELATIVE
        "${PROJECT_SOURCE_DIR}/include" "${PROJECT_SOURCE_DIR}/include/peft/*.h")
   set(_folders "")
