@@ -462,7 +462,7 @@ TEST_CASE("a read of an adapted weight gives W + s B A, with gradients") {
       const Tensor y = read.of(a.w());
       const Tensor expected = read.of(a.value());
       CHECK(close(y, expected));
-      CHECK(peft::is_adapted(y) == read.of(a.W).is_alias_of(a.W));
+      CHECK((!peft::is_adapted(y) || y.is_alias_of(a.w())));
       CHECK(all_close(
           gradients(y, a.factors()), gradients(expected, a.factors())));
       {
@@ -660,10 +660,14 @@ TEST_CASE("to() another dtype keeps the adapter") {
     const Tensor y = at::linear(x, moved);
     CHECK(y.scalar_type() == dtype);
     CHECK(y.requires_grad());
+    // Fast paths compute their term in the adapter's float32.
+    const Tensor exact =
+        at::linear(x.to(torch::kDouble), value(dtype).to(torch::kDouble));
     CHECK(close(
-        y,
-        at::linear(x.to(torch::kDouble), value(dtype).to(torch::kDouble))
-            .to(dtype)));
+        y.to(torch::kFloat),
+        exact.to(dtype).to(torch::kFloat),
+        tolerance(dtype == torch::kDouble ? torch::kFloat : dtype).rtol,
+        tolerance(dtype == torch::kDouble ? torch::kFloat : dtype).atol));
   }
   SECTION("Module::to there and back") {
     a.linear->to(torch::kDouble);
