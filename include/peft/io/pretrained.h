@@ -44,6 +44,8 @@ inline constexpr const char* kConfigFile = "adapter_config.json";
 inline constexpr const char* kWeightsFile = "adapter_model.safetensors";
 inline constexpr const char* kPickleFile = "adapter_model.bin";
 inline const std::string kKeyPrefix = "base_model.model.";
+/// In the metadata of a file whose tied weights are adapted as one tensor.
+inline const std::string kTiesMark = "libpeft_ties";
 
 /// The tensors of adapter_model.bin, a pickled dict of tensors.
 inline NamedTensorMap read_pickle(const std::string& path) {
@@ -82,11 +84,17 @@ inline NamedTensorMap read_pickle(const std::string& path) {
   return result;
 }
 
-inline NamedTensorMap read_adapter_weights(const std::string& folder) {
+/// The tensors of a folder; `adapts_ties` says whether the writer adapted tied
+/// weights as the one tensor they are, which PEFT does not.
+inline NamedTensorMap read_adapter_weights(
+    const std::string& folder,
+    bool& adapts_ties) {
   namespace fs = std::filesystem;
-  const auto file = fs::path(folder) / kWeightsFile;
-  if (fs::exists(file)) {
-    return load_safetensors(file.string());
+  const auto path = fs::path(folder) / kWeightsFile;
+  if (fs::exists(path)) {
+    const auto file = SafetensorsFile::open(path.string());
+    adapts_ties = file.metadata().count(kTiesMark) != 0;
+    return load_safetensors(path.string());
   }
   const auto pickle = fs::path(folder) / kPickleFile;
   TORCH_CHECK(
@@ -160,6 +168,41 @@ inline std::string listed(const std::vector<std::string>& lines) {
   return text;
 }
 
+/// PEFT adds the frozen weight of an adapted embedding or head to the file
+/// ("embed_tokens.base_layer.weight"): nothing to load where it is the base's.
+inline bool
+repeats_base(const Plan& plan, const std::string& key, const Tensor& value) {
+  for (const auto& site : plan.sites) {
+    if (key != file_key(site.file_prefix, "base_layer.weight")) {
+      continue;
+    }
+    const Tensor own = base(site.tensor).detach();
+    return own.sizes() == value.sizes() &&
+        at::equal(own.to(at::kCPU, at::kFloat), value.to(at::kFloat));
+  }
+  return false;
+}
+
+/// A weight of the network that is tied to another one which the plan does not
+/// name: "a and b", or "".
+inline std::string half_tied(const Plan& plan, const Network& network) {
+  for (const auto& site : plan.sites) {
+    for (const auto& layer : network) {
+      for (const auto& p : layer.parameters) {
+        const std::string path = layer.path(p.first);
+        const bool named =
+            std::any_of(plan.sites.begin(), plan.sites.end(), [&](auto& s) {
+              return s.parameter == path;
+            });
+        if (!named && is_tied(p.second, site.tensor)) {
+          return "'" + site.parameter + "' and '" + path + "'";
+        }
+      }
+    }
+  }
+  return {};
+}
+
 /// Fills the deltas of a plan from a file's tensors, after checking all.
 inline void fill_plan(
     Plan& plan,
@@ -183,7 +226,8 @@ inline void fill_plan(
     // PEFT writes wrapped copies of a trained head beside the plain name.
     const bool repeated = key.find(".modules_to_save.") != std::string::npos ||
         key.find(".original_module.") != std::string::npos;
-    if (expected.count(key) == 0 && !repeated) {
+    if (expected.count(key) == 0 && !repeated &&
+        !repeats_base(plan, key, value)) {
       extra.push_back(key);
     }
   }
@@ -422,7 +466,7 @@ struct LoraFiles {
     if (!adapter.loaded_config.empty()) {
       return; // how it once started stays as it was written
     }
-    if (o.init() == "gaussian") {
+    if (o.init() == "gaussian" && !o.lora_bias()) { // PEFT refuses the two
       config.set("init_lora_weights", std::string("gaussian"));
     } else {
       config.set("init_lora_weights", o.init() != "random");
@@ -624,7 +668,14 @@ inline void save(const Adapter& adapter, const std::string& folder) {
       folder,
       "' cannot be made: ",
       error.message());
-  save_safetensors(tensors, (fs::path(folder) / detail::kWeightsFile).string());
+  SafetensorsMetadata metadata{{"format", "pt"}};
+  for (const auto& site : state.sites) {
+    if (site.parameters.size() > 1) {
+      metadata[detail::kTiesMark] = "one tensor";
+    }
+  }
+  save_safetensors(
+      tensors, (fs::path(folder) / detail::kWeightsFile).string(), metadata);
   config.write((fs::path(folder) / detail::kConfigFile).string());
 }
 
