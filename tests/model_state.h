@@ -24,7 +24,8 @@ struct ModelState {
 inline ModelState state_of(const torch::nn::Module& model) {
   torch::NoGradGuard no_grad;
   ModelState state;
-  const auto modules = model.named_modules(/*name_prefix=*/"root");
+  state.modules.push_back(model.is_training() ? "train" : "eval");
+  const auto modules = model.named_modules("", /*include_self=*/false);
   for (const auto& item : modules) {
     state.modules.push_back(
         item.key() + (item.value()->is_training() ? " train" : " eval"));
