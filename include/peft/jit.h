@@ -119,7 +119,9 @@ inline void describe_below(
   network.push_back(std::move(layer));
   for (const auto& child : module.named_children()) {
     describe_below(
-        child.value, name.empty() ? child.name : name + "." + child.name, network);
+        child.value,
+        name.empty() ? child.name : name + "." + child.name,
+        network);
   }
 }
 
@@ -130,6 +132,18 @@ inline Network describe_network(const torch::jit::Module& root) {
   Network network;
   detail::describe_below(root, "", network);
   return network;
+}
+
+/// Makes TorchScript forget how it planned to run the methods of `model`. A
+/// plan from training under the optimising executor leaves adapters without
+/// gradients, and outlives GraphOptimizerEnabledGuard; attach calls this.
+inline void forget_plans(const torch::jit::Module& model) {
+  if (!torch::jit::getExecutorMode()) {
+    return; // the simple executor plans without recording
+  }
+  for (auto method : model.get_methods()) {
+    method.get_executor().debugFlushCompilationCache();
+  }
 }
 
 namespace detail {
@@ -181,12 +195,11 @@ inline States states_within(const torch::jit::Module& model) {
   return states;
 }
 
-inline Adapter commit(
-    const torch::jit::Module& root,
-    const std::string& name,
-    Plan plan) {
-  auto state = hang(
-      name, std::move(plan), base_parameters(root), states_below(root));
+inline Adapter
+commit(const torch::jit::Module& root, const std::string& name, Plan plan) {
+  auto state =
+      hang(name, std::move(plan), base_parameters(root), states_below(root));
+  forget_plans(root);
   Adapter adapter(std::move(state));
   adapter.train(root.is_training());
   return adapter;
@@ -195,8 +208,9 @@ inline Adapter commit(
 } // namespace detail
 
 /// Puts a method on the targets of a TorchScript module and freezes everything
-/// else. All or nothing: an error leaves the module as it was. Takes the options
-/// of every method that changes weights (LoraOptions, BitFitOptions, ...).
+/// else. All or nothing: an error leaves the module as it was. Takes the
+/// options of every method that changes weights (LoraOptions, BitFitOptions,
+/// ...).
 template <class Options>
 Adapter attach(
     const torch::jit::Module& model, // a handle: what it refers to is adapted
