@@ -27,7 +27,8 @@ BertOptions tiny() {
 }
 
 std::map<std::string, torch::Tensor> expected(const std::string& name) {
-  return peft::load_safetensors(golden("bert/" + name + "_expected.safetensors"));
+  return peft::load_safetensors(
+      golden("bert/" + name + "_expected.safetensors"));
 }
 
 /// What transformers computed, to the rounding of another order of the sums.
@@ -83,22 +84,28 @@ TEST_CASE("RoBERTa's positions count from the padding id", "[bert]") {
       positions[1], torch::tensor({2, 3, 4, 5, 6, 1, 1, 1, 1}, torch::kLong)));
 }
 
-TEST_CASE("A classifier's logits, loss and gradients are transformers'", "[bert]") {
+TEST_CASE(
+    "A classifier's logits, loss and gradients are transformers'",
+    "[bert]") {
   BertForSequenceClassification model(
-      tiny().num_labels(3).hidden_dropout_prob(0).attention_probs_dropout_prob(0));
+      tiny().num_labels(3).hidden_dropout_prob(0).attention_probs_dropout_prob(
+          0));
   peft::load_base(*model, golden("bert/tiny_classifier.safetensors"));
   model->train();
   auto want = expected("tiny_classifier");
   const auto logits = model->forward(want["input_ids"], want["attention_mask"]);
   REQUIRE(agrees(logits, want["logits"]));
-  const auto loss = torch::nn::functional::cross_entropy(logits, want["labels"]);
+  const auto loss =
+      torch::nn::functional::cross_entropy(logits, want["labels"]);
   REQUIRE(agrees(loss, want["loss"]));
   loss.backward();
   const auto layer =
       model->bert->encoder->layer[0]->as<peft::models::BertLayer>();
-  REQUIRE(agrees(layer->attention->self->query->weight.grad(), want["query_grad"]));
+  REQUIRE(
+      agrees(layer->attention->self->query->weight.grad(), want["query_grad"]));
   REQUIRE(agrees(
-      model->bert->embeddings->word_embeddings->weight.grad(), want["word_grad"]));
+      model->bert->embeddings->word_embeddings->weight.grad(),
+      want["word_grad"]));
 }
 
 TEST_CASE("Padding changes no token's hidden state", "[bert]") {
@@ -124,15 +131,16 @@ TEST_CASE("Pooling takes the first token, the pooler or the mean", "[bert]") {
   BertForSequenceClassification mean(tiny().pooling(Pooling::mean));
   mean->eval();
   const auto hidden = mean->bert->forward(ids, mask);
-  const auto by_hand = torch::stack(
-      {hidden[0].mean(0), hidden[1].narrow(0, 0, 2).mean(0)});
+  const auto by_hand =
+      torch::stack({hidden[0].mean(0), hidden[1].narrow(0, 0, 2).mean(0)});
   REQUIRE(agrees(mean->features(ids, mask), by_hand));
   REQUIRE(mean->bert->pooler.is_empty());
 
   BertForSequenceClassification first(tiny().pooling(Pooling::cls));
   first->eval();
   REQUIRE(equal_bits(
-      first->features(ids, mask), first->bert->forward(ids, mask).select(1, 0)));
+      first->features(ids, mask),
+      first->bert->forward(ids, mask).select(1, 0)));
 
   BertForSequenceClassification pooler(tiny());
   pooler->eval();
@@ -143,7 +151,8 @@ TEST_CASE("Pooling takes the first token, the pooler or the mean", "[bert]") {
 
 TEST_CASE("Sizes give the published parameter count", "[bert]") {
   const auto options =
-      BertOptions().hidden_size(384).num_hidden_layers(6).intermediate_size(1536);
+      BertOptions().hidden_size(384).num_hidden_layers(6).intermediate_size(
+          1536);
   BertModel minilm(options);
   int64_t count = 0;
   for (const auto& parameter : minilm->parameters()) {
@@ -152,7 +161,9 @@ TEST_CASE("Sizes give the published parameter count", "[bert]") {
   REQUIRE(count == 22'713'216);
 }
 
-TEST_CASE("Dropout acts in training only and a clone is a network of its own", "[bert]") {
+TEST_CASE(
+    "Dropout acts in training only and a clone is a network of its own",
+    "[bert]") {
   seed();
   BertForSequenceClassification model(tiny().hidden_dropout_prob(0.5));
   const auto ids = torch::randint(4, 40, {2, 6}, torch::kLong);
@@ -186,16 +197,23 @@ TEST_CASE("Inputs that do not fit are named", "[bert]") {
   const auto ids = torch::ones({2, 6}, torch::kLong);
   CHECK(contains(error_of([&] { model->forward(ids[0]); }), "[batch, length]"));
   CHECK(contains(
-      error_of([&] { model->forward(torch::ones({1, 25}, torch::kLong)); }),
+      error_of([&] {
+        model->forward(torch::ones({1, 25}, torch::kLong));
+      }),
       "25 tokens is longer than the 24 positions"));
   CHECK(contains(
-      error_of([&] { model->forward(ids, torch::ones({2, 5})); }), "[2, 5]"));
+      error_of([&] {
+        model->forward(ids, torch::ones({2, 5}));
+      }),
+      "[2, 5]"));
   CHECK(contains(
       error_of([] { BertModel(tiny().num_attention_heads(3)); }),
       "multiple of num_attention_heads (3)"));
   BertModel roberta(tiny().roberta_positions(true).pad_token_id(1));
   CHECK(contains(
-      error_of([&] { roberta->forward(torch::ones({1, 23}, torch::kLong)); }),
+      error_of([&] {
+        roberta->forward(torch::ones({1, 23}, torch::kLong));
+      }),
       "22 positions"));
 }
 

@@ -45,7 +45,9 @@ TEST_CASE("Accents, case and unknown bytes leave the text", "[wordpiece]") {
   const auto plain = tokenizer.encode("cafe b");
   REQUIRE(tokenizer.encode("CAF\xC3\x89 B") == plain); // precomposed
   REQUIRE(tokenizer.encode("cafe\xCC\x81 b") == plain); // combining
-  REQUIRE(tokenizer.encode("caf\xFF" "e\xC3 b\xE2\x82") == plain); // no UTF-8
+  REQUIRE(
+      tokenizer.encode("caf\xFF"
+                       "e\xC3 b\xE2\x82") == plain); // no UTF-8
   REQUIRE(tokenizer.encode(std::string("ca\0fe b", 7)) == plain);
   REQUIRE(tokenizer.encode("").size() == 2);
 }
@@ -58,15 +60,18 @@ TEST_CASE("Long texts are cut and keep their last token", "[wordpiece]") {
   REQUIRE(cut.size() == 5);
   REQUIRE(cut.front() == whole.front());
   REQUIRE(cut.back() == whole.back());
-  REQUIRE(body(cut) == std::vector<int64_t>(whole.begin() + 1, whole.begin() + 4));
+  REQUIRE(
+      body(cut) == std::vector<int64_t>(whole.begin() + 1, whole.begin() + 4));
 }
 
 TEST_CASE("A vocabulary that is none is refused", "[wordpiece]") {
   CHECK(contains(
-      error_of([] { gloss::WordPiece("/nowhere/vocab.txt"); }), "/nowhere/vocab.txt"));
+      error_of([] { gloss::WordPiece("/nowhere/vocab.txt"); }),
+      "/nowhere/vocab.txt"));
   TemporaryDirectory folder;
   std::ofstream(folder / "vocab.txt") << "[PAD]\n[UNK]\n[CLS]\na\n";
-  CHECK(contains(error_of([&] { gloss::WordPiece(folder / "vocab.txt"); }), "[SEP]"));
+  CHECK(contains(
+      error_of([&] { gloss::WordPiece(folder / "vocab.txt"); }), "[SEP]"));
 }
 
 TEST_CASE("The real vocabulary gives the real ids", "[wordpiece]") {

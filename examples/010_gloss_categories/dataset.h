@@ -30,7 +30,8 @@ struct Dataset {
   std::vector<std::string> categories;
 };
 
-/// The tensors of one step: `ids` and `mask` `[batch, longest]`, `labels` `[batch]`.
+/// The tensors of one step: `ids` and `mask` `[batch, longest]`, `labels`
+/// `[batch]`.
 struct Batch {
   torch::Tensor ids;
   torch::Tensor mask; ///< undefined when no row is padded
@@ -45,7 +46,8 @@ void shuffle(std::vector<T>& values, std::mt19937_64& generator) {
   }
 }
 
-/// `train_size` and `test_size` examples of each class that has enough, no text twice.
+/// `train_size` and `test_size` examples of each class that has enough, no text
+/// twice.
 inline Dataset split_balanced(
     const Corpus& corpus,
     const WordPiece& tokenizer,
@@ -78,8 +80,11 @@ inline Dataset split_balanced(
   }
   TORCH_CHECK(
       !dataset.categories.empty(),
-      "peft: no category has ", train_size + test_size, " different texts");
+      "peft: no category has ",
+      train_size + test_size,
+      " different texts");
   shuffle(dataset.train, generator);
+  shuffle(dataset.test, generator);
   return dataset;
 }
 
@@ -102,7 +107,10 @@ inline Batch make_batch(
   auto mask = torch::zeros({height, width}, torch::kLong);
   for (int64_t i = 0; i < height; ++i) {
     const auto& example = examples[rows[static_cast<size_t>(i)]];
-    std::copy(example.ids.begin(), example.ids.end(), batch.ids.data_ptr<int64_t>() + i * width);
+    std::copy(
+        example.ids.begin(),
+        example.ids.end(),
+        batch.ids.data_ptr<int64_t>() + i * width);
     std::fill_n(mask.data_ptr<int64_t>() + i * width, example.ids.size(), 1);
     batch.labels.data_ptr<int64_t>()[i] = example.label;
   }
@@ -112,7 +120,8 @@ inline Batch make_batch(
   return batch;
 }
 
-/// Rows sorted by length and cut into batches: the least padding, for evaluation.
+/// Rows sorted by length and cut into batches: the least padding, for
+/// evaluation.
 inline std::vector<std::vector<size_t>> batches_by_length(
     const Examples& examples,
     std::vector<size_t> rows,
@@ -128,7 +137,8 @@ inline std::vector<std::vector<size_t>> batches_by_length(
   return batches;
 }
 
-/// One epoch: random rows, sorted by length only within pools of sixteen batches, the batches in random order.
+/// One epoch: random rows, sorted by length only within pools of sixteen
+/// batches, the batches in random order.
 inline std::vector<std::vector<size_t>> shuffled_batches(
     const Examples& examples,
     size_t batch_size,
@@ -140,8 +150,10 @@ inline std::vector<std::vector<size_t>> shuffled_batches(
   std::vector<std::vector<size_t>> batches;
   for (size_t begin = 0; begin < rows.size(); begin += pool) {
     const auto end = std::min(begin + pool, rows.size());
-    for (auto& batch :
-         batches_by_length(examples, {rows.begin() + begin, rows.begin() + end}, batch_size)) {
+    for (auto& batch : batches_by_length(
+             examples,
+             {rows.begin() + begin, rows.begin() + end},
+             batch_size)) {
       batches.push_back(std::move(batch));
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Is a merged network as fast as one that never had an adapter, and does it run the same operators?
+// Is a merged network as fast as one that never had an adapter, and does it run
+// the same operators?
 
 #include "train.h"
 
@@ -13,25 +14,31 @@
 
 namespace gloss {
 
-/// What happened to the best adapter on its way into a file, back, and into the weights.
+/// What happened to the best adapter on its way into a file, back, and into the
+/// weights.
 struct MergeCheck {
   std::string adapter;
-  double reload_difference = 0; ///< largest difference of a logit, trained network against reloaded file
+  double reload_difference = 0; ///< largest difference of a logit, trained
+                                ///< network against reloaded file
   double merge_difference = 0; ///< the same, before against after the merge
-  int64_t changed_predictions = 0; ///< of the test set, before against after the merge
+  int64_t changed_predictions =
+      0; ///< of the test set, before against after the merge
   size_t operators = 0; ///< in one forward
   bool same_operators = false;
   std::array<double, 3> ratio{}; ///< quartiles of merged time / base time
 };
 
 /// The operators that one forward of `network` runs, in order.
-inline std::vector<std::string> operators_of(Network& network, const Batch& batch) {
+inline std::vector<std::string> operators_of(
+    Network& network,
+    const Batch& batch) {
   thread_local std::vector<std::string>* names = nullptr;
   std::vector<std::string> result;
   names = &result;
   const auto handle = at::addThreadLocalCallback(
       at::RecordFunctionCallback(
-          [](const at::RecordFunction& call) -> std::unique_ptr<at::ObserverContext> {
+          [](const at::RecordFunction& call)
+              -> std::unique_ptr<at::ObserverContext> {
             names->emplace_back(call.name());
             return nullptr;
           })
@@ -41,12 +48,10 @@ inline std::vector<std::string> operators_of(Network& network, const Batch& batc
   return result;
 }
 
-/// Quartiles of time(merged) / time(base) over pairs that run one after the other, in alternating order.
-inline std::array<double, 3> paired_ratio(
-    Network& merged,
-    Network& base,
-    const Batch& batch,
-    int pairs) {
+/// Quartiles of time(merged) / time(base) over pairs that run one after the
+/// other, in alternating order.
+inline std::array<double, 3>
+paired_ratio(Network& merged, Network& base, const Batch& batch, int pairs) {
   const auto time = [&](Network& network) {
     const auto start = Clock::now();
     network->forward(batch.ids, batch.mask);
@@ -64,7 +69,9 @@ inline std::array<double, 3> paired_ratio(
     ratios.push_back(base_first ? second / first : first / second);
   }
   std::sort(ratios.begin(), ratios.end());
-  const auto at = [&](size_t quarter) { return ratios[quarter * (ratios.size() - 1) / 4]; };
+  const auto at = [&](size_t quarter) {
+    return ratios[quarter * (ratios.size() - 1) / 4];
+  };
   return {at(1), at(2), at(3)};
 }
 

@@ -16,7 +16,8 @@ struct ProbeSettings {
 
 struct ProbeResult {
   ProbeSettings chosen{};
-  double validation_accuracy = 0; ///< of the chosen settings, on a fifth of the training set
+  double validation_accuracy =
+      0; ///< of the chosen settings, on a fifth of the training set
   torch::Tensor logits; ///< on the test set
   TrainResult training; ///< of the final fit
 };
@@ -33,29 +34,36 @@ inline torch::nn::Linear fit_probe(
   torch::nn::Linear head(features.size(1), num_labels);
   torch::optim::AdamW optimizer(
       head->parameters(),
-      torch::optim::AdamWOptions(settings.learning_rate).weight_decay(settings.weight_decay));
-  auto& options = static_cast<torch::optim::AdamWOptions&>(optimizer.param_groups()[0].options());
+      torch::optim::AdamWOptions(settings.learning_rate)
+          .weight_decay(settings.weight_decay));
+  auto& options = static_cast<torch::optim::AdamWOptions&>(
+      optimizer.param_groups()[0].options());
   constexpr int64_t kBatch = 32;
-  const auto total = settings.epochs * ((features.size(0) + kBatch - 1) / kBatch);
+  const auto total =
+      settings.epochs * ((features.size(0) + kBatch - 1) / kBatch);
   result = {};
   const auto start = Clock::now();
   for (int64_t epoch = 0; epoch < settings.epochs; ++epoch) {
     for (const auto& rows : torch::randperm(features.size(0)).split(kBatch)) {
       const auto step = static_cast<double>(result.losses.size());
-      options.lr(settings.learning_rate * (1 - step / static_cast<double>(total)));
+      options.lr(
+          settings.learning_rate * (1 - step / static_cast<double>(total)));
       const auto loss = torch::nn::functional::cross_entropy(
-          head->forward(features.index_select(0, rows)), labels.index_select(0, rows));
+          head->forward(features.index_select(0, rows)),
+          labels.index_select(0, rows));
       optimizer.zero_grad();
       loss.backward();
       optimizer.step();
       result.losses.push_back(loss.item<double>());
     }
   }
-  result.seconds_per_step = seconds_since(start) / static_cast<double>(result.losses.size());
+  result.seconds_per_step =
+      seconds_since(start) / static_cast<double>(result.losses.size());
   return head;
 }
 
-/// Chooses learning rate, weight decay and epochs on a validation split of the training set, then fits all of it.
+/// Chooses learning rate, weight decay and epochs on a validation split of the
+/// training set, then fits all of it.
 inline ProbeResult tuned_probe(
     Network& network,
     const Dataset& data,
@@ -66,7 +74,8 @@ inline ProbeResult tuned_probe(
   const auto features = predict(network, data.train, padding, true);
   const auto labels = labels_of(data.train);
   const auto num_labels = static_cast<int64_t>(data.categories.size());
-  const auto held_out = features.size(0) / 5; // the training set is in random order
+  const auto held_out =
+      features.size(0) / 5; // the training set is in random order
   const auto kept = features.size(0) - held_out;
 
   std::vector<ProbeSettings> grid;
@@ -83,18 +92,25 @@ inline ProbeResult tuned_probe(
       break;
     }
     auto head = fit_probe(
-        features.narrow(0, held_out, kept), labels.narrow(0, held_out, kept), num_labels,
-        settings, seed, result.training);
+        features.narrow(0, held_out, kept),
+        labels.narrow(0, held_out, kept),
+        num_labels,
+        settings,
+        seed,
+        result.training);
     torch::NoGradGuard no_grad;
     const auto score = accuracy(
-        head->forward(features.narrow(0, 0, held_out)), labels.narrow(0, 0, held_out));
+        head->forward(features.narrow(0, 0, held_out)),
+        labels.narrow(0, 0, held_out));
     if (score > result.validation_accuracy || tried == 0) {
       result.validation_accuracy = score;
       result.chosen = settings;
     }
-    progress.update(++tried, fmt::format("best {:.3f}", result.validation_accuracy));
+    progress.update(
+        ++tried, fmt::format("best {:.3f}", result.validation_accuracy));
   }
-  auto head = fit_probe(features, labels, num_labels, result.chosen, seed, result.training);
+  auto head = fit_probe(
+      features, labels, num_labels, result.chosen, seed, result.training);
   torch::NoGradGuard no_grad;
   result.logits = head->forward(predict(network, data.test, padding, true));
   result.training.peak_mib = peak_memory_mib();

@@ -1,6 +1,7 @@
 #pragma once
 
-// What a long-running command asks of its process: peak memory, Ctrl-C, a progress bar.
+// What a long-running command asks of its process: peak memory, Ctrl-C, a
+// progress bar.
 
 #include <chrono>
 #include <csignal>
@@ -27,7 +28,8 @@ inline double seconds_since(Clock::time_point start) {
 
 // ~~~~ memory ~~~~
 
-/// Lets the next `peak_memory_mib` start from what is resident now, where the system can (Linux).
+/// Lets the next `peak_memory_mib` start from what is resident now, where the
+/// system can (Linux).
 inline void reset_peak_memory() {
 #if defined(__GLIBC__)
   malloc_trim(0); // pages that earlier work left behind would count otherwise
@@ -37,7 +39,8 @@ inline void reset_peak_memory() {
 #endif
 }
 
-/// The largest resident size since the reset, in MiB; since the start elsewhere; 0 if unknown.
+/// The largest resident size since the reset, in MiB; since the start
+/// elsewhere; 0 if unknown.
 inline double peak_memory_mib() {
 #if defined(__linux__)
   std::ifstream status("/proc/self/status");
@@ -65,7 +68,8 @@ inline double peak_memory_mib() {
 
 inline volatile std::sig_atomic_t interrupt_count = 0;
 
-/// The first Ctrl-C asks training to stop after its step, a second one ends the process.
+/// The first Ctrl-C asks training to stop after its step, a second one ends the
+/// process.
 inline void catch_interrupts() {
   std::signal(SIGINT, [](int) {
     interrupt_count = 1;
@@ -79,10 +83,12 @@ inline bool interrupted() {
 
 // ~~~~ progress ~~~~
 
-/// A bar on stderr that redraws itself on a terminal and prints a line every tenth elsewhere.
+/// A bar on stderr that redraws itself on a terminal and prints a line every
+/// tenth elsewhere.
 class Progress {
  public:
-  Progress(std::string title, int64_t total) : title_(std::move(title)), total_(total) {
+  Progress(std::string title, int64_t total)
+      : title_(std::move(title)), total_(total) {
 #if defined(__unix__) || defined(__APPLE__)
     terminal_ = isatty(fileno(stderr)) != 0;
 #endif
@@ -102,14 +108,23 @@ class Progress {
       return;
     }
     const auto share = static_cast<double>(done) / static_cast<double>(total_);
-    const auto left = static_cast<int>(seconds_since(start_) * (1 / share - 1) + 0.5);
+    const auto left =
+        static_cast<int>(seconds_since(start_) * (1 / share - 1) + 0.5);
     constexpr int kWidth = 24;
     const auto filled = static_cast<size_t>(share * kWidth);
-    const auto bar = std::string(filled, '=') + std::string(kWidth - filled, ' ');
+    const auto bar =
+        std::string(filled, '=') + std::string(kWidth - filled, ' ');
     std::fprintf(
-        stderr, "%s%-28s [%s] %3.0f %%  %s  %d:%02d left %s",
-        terminal_ ? "\r" : "", title_.c_str(), bar.c_str(), 100 * share, note.c_str(),
-        left / 60, left % 60, terminal_ ? "  " : "\n");
+        stderr,
+        "%s%-28s [%s] %3.0f %%  %s  %d:%02d left %s",
+        terminal_ ? "\r" : "",
+        title_.c_str(),
+        bar.c_str(),
+        100 * share,
+        note.c_str(),
+        left / 60,
+        left % 60,
+        terminal_ ? "  " : "\n");
     std::fflush(stderr);
     drawn_ = true;
     drawn_at_ = Clock::now();

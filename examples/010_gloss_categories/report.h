@@ -78,8 +78,13 @@ inline std::string duration(double seconds) {
 
 inline void print_table(const Report& report) {
   fmt::print(
-      "\n{:<28} {:>12} {:>8}  {:>16} {:>10} {:>10}\n", "method", "trainable", "share",
-      "accuracy", "step", "peak");
+      "\n{:<28} {:>12} {:>8}  {:>16} {:>10} {:>10}\n",
+      "method",
+      "trainable",
+      "share",
+      "accuracy",
+      "step",
+      "peak");
   fmt::print("{:-<89}\n", "");
   for (const auto& method : report.methods) {
     fmt::print(
@@ -96,16 +101,23 @@ inline void print_table(const Report& report) {
 
 inline void print_merge(const MergeCheck& check) {
   fmt::print(
-      "\nmerged '{}': {} of the predictions changed, logits moved by {:.1e} at most\n"
-      "merged / base time: median {:.3f} (quartiles {:.3f} to {:.3f}); {} operators, {}\n",
+      "\n{}: saved, loaded (logits moved by {:.1e} at most) and merged (by "
+      "{:.1e};\n"
+      "{} of the predictions changed)\n"
+      "merged / base time: median {:.3f} (quartiles {:.3f} to {:.3f}); {} "
+      "operators, {}\n",
       check.adapter,
-      check.changed_predictions == 0 ? "none" : std::to_string(check.changed_predictions),
+      check.reload_difference,
       check.merge_difference,
+      check.changed_predictions == 0
+          ? "none"
+          : std::to_string(check.changed_predictions),
       check.ratio[1],
       check.ratio[0],
       check.ratio[2],
       check.operators,
-      check.same_operators ? "the same as the base's" : "NOT the same as the base's");
+      check.same_operators ? "the same as the base's"
+                           : "NOT the same as the base's");
 }
 
 // ~~~~ page ~~~~
@@ -116,11 +128,20 @@ inline std::string escape(const std::string& text) {
   std::string out;
   for (const char c : text) {
     switch (c) {
-      case '&': out += "&amp;"; break;
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '"': out += "&quot;"; break;
-      default: out += c;
+      case '&':
+        out += "&amp;";
+        break;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      default:
+        out += c;
     }
   }
   return out;
@@ -133,40 +154,64 @@ struct Axes {
   double x_low, x_high, y_low, y_high;
 
   double x(double value) const {
-    return kLeft + (value - x_low) / (x_high - x_low) * (kWidth - kLeft - kRight);
+    return kLeft +
+        (value - x_low) / (x_high - x_low) * (kWidth - kLeft - kRight);
   }
   double y(double value) const {
-    return kHeight - kBottom - (value - y_low) / (y_high - y_low) * (kHeight - kTop - kBottom);
+    return kHeight - kBottom -
+        (value - y_low) / (y_high - y_low) * (kHeight - kTop - kBottom);
   }
 
   /// Horizontal grid lines with their labels.
   std::string y_grid(double step, int digits) const {
     std::string svg;
-    for (double value = std::ceil(y_low / step - 1e-9) * step; value <= y_high + 1e-9;
+    for (double value = std::ceil(y_low / step - 1e-9) * step;
+         value <= y_high + 1e-9;
          value += step) {
       svg += fmt::format(
           "<line class='grid' x1='{:.1f}' x2='{:.1f}' y1='{:.1f}' y2='{:.1f}'/>"
-          "<text class='tick' x='{:.1f}' y='{:.1f}' text-anchor='end'>{:.{}f}</text>\n",
-          kLeft, kWidth - kRight, y(value), y(value), kLeft - 8, y(value) + 4, value, digits);
+          "<text class='tick' x='{:.1f}' y='{:.1f}' "
+          "text-anchor='end'>{:.{}f}</text>\n",
+          kLeft,
+          kWidth - kRight,
+          y(value),
+          y(value),
+          kLeft - 8,
+          y(value) + 4,
+          std::abs(value) < 1e-9 ? 0.0 : value,
+          digits);
     }
     return svg;
   }
   std::string x_tick(double value, const std::string& label) const {
     return fmt::format(
-        "<line class='axis' x1='{0:.1f}' x2='{0:.1f}' y1='{1:.1f}' y2='{2:.1f}'/>"
-        "<text class='tick' x='{0:.1f}' y='{3:.1f}' text-anchor='middle'>{4}</text>\n",
-        x(value), kHeight - kBottom, kHeight - kBottom + 5, kHeight - kBottom + 19, label);
+        "<line class='axis' x1='{0:.1f}' x2='{0:.1f}' y1='{1:.1f}' "
+        "y2='{2:.1f}'/>"
+        "<text class='tick' x='{0:.1f}' y='{3:.1f}' "
+        "text-anchor='middle'>{4}</text>\n",
+        x(value),
+        kHeight - kBottom,
+        kHeight - kBottom + 5,
+        kHeight - kBottom + 19,
+        label);
   }
   std::string frame(const std::string& x_title) const {
     return fmt::format(
         "<line class='axis' x1='{0}' x2='{1}' y1='{2}' y2='{2}'/>"
         "<text class='tick' x='{3}' y='{4}' text-anchor='middle'>{5}</text>\n",
-        kLeft, kWidth - kRight, kHeight - kBottom, (kLeft + kWidth - kRight) / 2, kHeight - 6,
+        kLeft,
+        kWidth - kRight,
+        kHeight - kBottom,
+        (kLeft + kWidth - kRight) / 2,
+        kHeight - 6,
         x_title);
   }
   static std::string open(const std::string& label) {
     return fmt::format(
-        "<svg viewBox='0 0 {} {}' role='img' aria-label='{}'>\n", kWidth, kHeight, label);
+        "<svg viewBox='0 0 {} {}' role='img' aria-label='{}'>\n",
+        kWidth,
+        kHeight,
+        label);
   }
 };
 
@@ -195,10 +240,13 @@ inline std::string loss_chart(const Report& report) {
     }
   }
   const Axes axes{0, steps, 0, std::ceil(highest * 2) / 2};
-  auto svg = Axes::open("training loss") + axes.y_grid(axes.y_high > 2 ? 1 : 0.5, 1);
+  auto svg =
+      Axes::open("training loss") + axes.y_grid(axes.y_high > 2 ? 1 : 0.5, 1);
   svg += axes.frame("training step");
   const double unit = std::pow(10, std::floor(std::log10(steps)));
-  const double step = steps / unit >= 5 ? unit : steps / unit >= 2 ? unit / 2 : unit / 5;
+  const double step = steps / unit >= 5 ? unit
+      : steps / unit >= 2               ? unit / 2
+                                        : unit / 5;
   for (double value = 0; value <= steps; value += std::max(1.0, step)) {
     svg += axes.x_tick(value, fmt::format("{:.0f}", value));
   }
@@ -206,16 +254,21 @@ inline std::string loss_chart(const Report& report) {
     const auto curve = smoothed(report.methods[i].training.losses);
     std::string points;
     for (size_t at = 0; at < curve.size(); ++at) {
-      points += fmt::format("{:.1f},{:.1f} ", axes.x(static_cast<double>(at + 1)), axes.y(curve[at]));
+      points += fmt::format(
+          "{:.1f},{:.1f} ",
+          axes.x(static_cast<double>(at + 1)),
+          axes.y(curve[at]));
     }
     svg += fmt::format(
         "<polyline class='curve' style='stroke:var(--{})' points='{}'/>\n",
-        report.methods[i].color, points);
+        report.methods[i].color,
+        points);
   }
   return svg + "</svg>\n";
 }
 
-/// Test accuracy against trainable parameters (logarithmic), bars of one standard error.
+/// Test accuracy against trainable parameters (logarithmic), bars of one
+/// standard error.
 inline std::string accuracy_chart(const Report& report) {
   double lowest = 1, highest = 0, fewest = 1e12, most = 1;
   for (const auto& method : report.methods) {
@@ -225,21 +278,29 @@ inline std::string accuracy_chart(const Report& report) {
     fewest = std::min(fewest, static_cast<double>(method.trainable));
     most = std::max(most, static_cast<double>(method.trainable));
   }
-  const double step = highest - lowest > 0.3 ? 0.1 : highest - lowest > 0.12 ? 0.05 : 0.02;
+  const double step = highest - lowest > 0.3 ? 0.1
+      : highest - lowest > 0.12              ? 0.05
+                                             : 0.02;
   const Axes axes{
       std::log10(fewest) - 0.25,
       std::log10(most) + 0.35,
       std::floor(lowest / step - 0.4) * step,
       std::ceil(highest / step + 0.4) * step};
-  auto svg = Axes::open("accuracy against trainable parameters") + axes.y_grid(step, 2);
+  auto svg = Axes::open("accuracy against trainable parameters") +
+      axes.y_grid(step, 2);
   svg += axes.frame("trainable parameters");
   for (int power = 0; power <= 12; ++power) {
     for (const int lead : {1, 3}) {
       const double value = std::log10(lead) + power;
       if (value >= axes.x_low && value <= axes.x_high) {
         const auto exponent = power % 3;
-        const char* unit = power < 3 ? "" : power < 6 ? "k" : power < 9 ? "M" : "G";
-        svg += axes.x_tick(value, fmt::format("{:.0f}{}", lead * std::pow(10, exponent), unit));
+        const char* unit = power < 3 ? ""
+            : power < 6              ? "k"
+            : power < 9              ? "M"
+                                     : "G";
+        svg += axes.x_tick(
+            value,
+            fmt::format("{:.0f}{}", lead * std::pow(10, exponent), unit));
       }
     }
   }
@@ -251,18 +312,27 @@ inline std::string accuracy_chart(const Report& report) {
     const auto bottom = axes.y(method.accuracy() - error);
     svg += fmt::format(
         "<g style='stroke:var(--{0});fill:var(--{0})'>"
-        "<path class='bar' d='M{1:.1f} {2:.1f}V{3:.1f}M{4:.1f} {2:.1f}h10M{4:.1f} {3:.1f}h10'/>"
+        "<path class='bar' d='M{1:.1f} {2:.1f}V{3:.1f}M{4:.1f} "
+        "{2:.1f}h10M{4:.1f} {3:.1f}h10'/>"
         "<circle cx='{1:.1f}' cy='{5:.1f}' r='5'/></g>\n"
-        "<text class='label' x='{1:.1f}' y='{6:.1f}' text-anchor='middle'>{7}</text>\n",
-        method.color, x, top, bottom, x - 5, axes.y(method.accuracy()),
-        i % 2 == 0 ? top - 8 : bottom + 17, escape(method.name));
+        "<text class='label' x='{1:.1f}' y='{6:.1f}' "
+        "text-anchor='middle'>{7}</text>\n",
+        method.color,
+        x,
+        top,
+        bottom,
+        x - 5,
+        axes.y(method.accuracy()),
+        i % 2 == 0 ? top - 8 : bottom + 17,
+        escape(method.name));
   }
   return svg + "</svg>\n";
 }
 
 inline std::string method_table(const Report& report) {
   std::string html =
-      "<table><thead><tr><th>Method<th>Trainable<th>Share<th>Accuracy<th>Step<th>Peak memory"
+      "<table><thead><tr><th>Method<th>Trainable<th>Share<th>Accuracy<th>Step<"
+      "th>Peak memory"
       "</tr></thead>\n";
   for (const auto& method : report.methods) {
     std::string seeds;
@@ -275,37 +345,58 @@ inline std::string method_table(const Report& report) {
     html += fmt::format(
         "<tr><td><i style='background:var(--{})'></i>{}<td>{}<td>{:.2f} %"
         "<td>{:.3f} ± {:.3f}{}<td>{}<td>{:.0f} MiB</tr>\n",
-        method.color, escape(method.name), with_commas(method.trainable),
-        report.percent(method), method.accuracy(),
-        standard_error(method.accuracy(), report.test_size), seeds,
-        duration(method.training.seconds_per_step), method.training.peak_mib);
+        method.color,
+        escape(method.name),
+        with_commas(method.trainable),
+        report.percent(method),
+        method.accuracy(),
+        standard_error(method.accuracy(), report.test_size),
+        seeds,
+        duration(method.training.seconds_per_step),
+        method.training.peak_mib);
   }
   return html + "</table>\n";
 }
 
 inline std::string merge_section(const MergeCheck& check, size_t test_size) {
   return fmt::format(
-      "<section><h2>Saved, loaded, merged</h2><p>The best adapter, <b>{}</b>, was written as "
-      "Hugging Face PEFT files, read into a fresh network and folded into its weights.</p>"
+      "<section><h2>Saved, loaded, merged</h2><p>The best adapter, <b>{}</b>, "
+      "was written as "
+      "Hugging Face PEFT files, read into a fresh network and folded into its "
+      "weights.</p>"
       "<div class='facts'>"
       "<div><b>{}</b>of {} predictions changed by the merge</div>"
-      "<div><b>{:.1e}</b>largest change of a logit</div>"
+      "<div><b>{:.1e}</b>largest change of a logit by the merge; by saving and "
+      "loading {:.1e}</div>"
       "<div><b>{:.3f}×</b>time of the network that never had an adapter "
       "(quartiles {:.3f} – {:.3f})</div>"
-      "<div><b>{}</b>operators in a forward, {} the base's</div></div></section>\n",
-      escape(check.adapter), check.changed_predictions, test_size, check.merge_difference,
-      check.ratio[1], check.ratio[0], check.ratio[2], check.operators,
-      check.same_operators ? "identical to" : "<strong>different from</strong>");
+      "<div><b>{}</b>operators in a forward, {} the "
+      "base's</div></div></section>\n",
+      escape(check.adapter),
+      check.changed_predictions,
+      with_commas(static_cast<int64_t>(test_size)),
+      check.merge_difference,
+      check.reload_difference,
+      check.ratio[1],
+      check.ratio[0],
+      check.ratio[2],
+      check.operators,
+      check.same_operators ? "identical to"
+                           : "<strong>different from</strong>");
 }
 
 inline std::string samples_section(const std::vector<Sample>& samples) {
   std::string html =
-      "<section><h2>Unseen texts</h2><table class='samples'><thead><tr><th>Text<th>Category"
+      "<section><h2>Unseen texts</h2><table "
+      "class='samples'><thead><tr><th>Text<th>Category"
       "<th>Predicted</tr></thead>\n";
   for (const auto& sample : samples) {
     html += fmt::format(
-        "<tr><td>{}<td>{}<td class='{}'>{}</tr>\n", escape(sample.text), escape(sample.truth),
-        sample.truth == sample.guess ? "right" : "wrong", escape(sample.guess));
+        "<tr><td>{}<td>{}<td class='{}'>{}</tr>\n",
+        escape(sample.text),
+        escape(sample.truth),
+        sample.truth == sample.guess ? "right" : "wrong",
+        escape(sample.guess));
   }
   return html + "</table></section>\n";
 }
@@ -339,6 +430,7 @@ small{color:var(--soft)}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
  font-size:13px;color:var(--soft)}
 .facts b{display:block;font-size:24px;color:var(--ink)}
+.samples td+td{white-space:nowrap}
 .right{color:var(--green)}.wrong{color:var(--amber)}
 footer{margin-top:28px;font-size:13px;color:var(--soft)}
 )";
@@ -350,44 +442,63 @@ inline std::string html_of(const Report& report) {
   std::string legend;
   for (size_t i = 1; i < report.methods.size(); ++i) {
     legend += fmt::format(
-        "<span><i style='background:var(--{})'></i>{}</span>", report.methods[i].color,
+        "<span><i style='background:var(--{})'></i>{}</span>",
+        report.methods[i].color,
         detail::escape(report.methods[i].name));
   }
   std::string seeds;
   for (const auto seed : report.seeds) {
     seeds += (seeds.empty() ? "" : ", ") + std::to_string(seed);
   }
-  std::string html = "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-                     "<meta name='viewport' content='width=device-width'>"
-                     "<title>libpeft: fine-tuning a sentence encoder</title><style>";
+  std::string html =
+      "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+      "<meta name='viewport' content='width=device-width'>"
+      "<title>libpeft: fine-tuning a sentence encoder</title><style>";
   html += detail::kStyle;
   html += "</style></head><body>\n";
   html += fmt::format(
       "<h1>Fine-tuning a sentence encoder with libpeft</h1>\n"
-      "<p>{} ({} parameters) learns to tell {} categories of {}: {} texts to train on, {} to "
+      "<p>{} ({} parameters) learns to tell {} categories of {}: {} texts to "
+      "train on, {} to "
       "test. Every method had the same texts, seed and {} epoch{}.</p>\n",
-      detail::escape(report.network_name), with_commas(report.network_parameters),
-      report.num_categories, detail::escape(report.data_name), with_commas(report.train_size),
-      with_commas(report.test_size), report.epochs, report.epochs == 1 ? "" : "s");
-  html += "<section class='charts'><div class='card'><h2>Accuracy and its price</h2>" +
+      detail::escape(report.network_name),
+      with_commas(report.network_parameters),
+      report.num_categories,
+      detail::escape(report.data_name),
+      with_commas(report.train_size),
+      with_commas(report.test_size),
+      report.epochs,
+      report.epochs == 1 ? "" : "s");
+  html +=
+      "<section class='charts'><div class='card'><h2>Accuracy and its "
+      "price</h2>" +
       detail::accuracy_chart(report) +
-      "<div class='legend'>Bars are one standard error of the test set.</div></div>\n";
-  html += "<div class='card'><h2>Training loss</h2>" + detail::loss_chart(report) +
-      "<div class='legend'>" + legend + "</div></div></section>\n";
+      "<div class='legend'>Bars are one standard error of the test "
+      "set.</div></div>\n";
+  html += "<div class='card'><h2>Training loss</h2>" +
+      detail::loss_chart(report) + "<div class='legend'>" + legend +
+      "</div></div></section>\n";
   html += "<section>" + detail::method_table(report) + "</section>\n";
   html += detail::merge_section(report.merge, report.test_size);
   if (!report.samples.empty()) {
     html += detail::samples_section(report.samples);
   }
   html += fmt::format(
-      "<footer>Seed{} {}; {} threads; {:.0f} s in all. The probe was tuned on a fifth of the "
-      "training set and its steps use features computed once; share is of the network with its "
+      "<footer>Seed{} {}; {} threads; {:.0f} s in all. The probe was tuned on "
+      "a fifth of the "
+      "training set and its steps use features computed once; share is of the "
+      "network with its "
       "head; peak memory is the process's.</footer></body></html>\n",
-      report.seeds.size() > 1 ? "s" : "", seeds, report.threads, report.total_seconds);
+      report.seeds.size() > 1 ? "s" : "",
+      seeds,
+      report.threads,
+      report.total_seconds);
   return html;
 }
 
-inline void write_report(const Report& report, const std::filesystem::path& path) {
+inline void write_report(
+    const Report& report,
+    const std::filesystem::path& path) {
   std::ofstream file(path);
   file << html_of(report);
   TORCH_CHECK(file.good(), "peft: cannot write ", path.string());

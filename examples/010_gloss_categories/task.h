@@ -17,7 +17,8 @@
 
 namespace gloss {
 
-/// A pretrained encoder's folder (`config.json`, `vocab.txt`, `model.safetensors`) and a corpus to adapt it to.
+/// A pretrained encoder's folder (`config.json`, `vocab.txt`,
+/// `model.safetensors`) and a corpus to adapt it to.
 struct Task {
   std::filesystem::path model;
   std::string network_name;
@@ -27,12 +28,17 @@ struct Task {
 };
 
 /// The sizes in a `config.json` of Hugging Face's.
-inline peft::models::BertOptions read_config(const std::filesystem::path& path) {
+inline peft::models::BertOptions read_config(
+    const std::filesystem::path& path) {
   const auto config = peft::detail::read_json(path.string());
-  const auto size = [&](const char* key) { return config.at(key).get<int64_t>(); };
+  const auto size = [&](const char* key) {
+    return config.at(key).get<int64_t>();
+  };
   TORCH_CHECK(
       config.value("hidden_act", "gelu") == "gelu",
-      "peft: ", path.string(), " asks for an activation other than gelu");
+      "peft: ",
+      path.string(),
+      " asks for an activation other than gelu");
   return peft::models::BertOptions()
       .vocab_size(size("vocab_size"))
       .hidden_size(size("hidden_size"))
@@ -45,15 +51,17 @@ inline peft::models::BertOptions read_config(const std::filesystem::path& path) 
       .layer_norm_eps(config.at("layer_norm_eps").get<double>());
 }
 
-/// The pretrained encoder with a fresh head for the task's categories. Dropout is off: two epochs do not overfit,
-/// and a frozen probe and a trained adapter then see the same features.
+/// The pretrained encoder with a fresh head for the task's categories. Dropout
+/// is off: two epochs do not overfit, and a frozen probe and a trained adapter
+/// then see the same features.
 inline Network make_network(const Task& task, uint64_t seed) {
   torch::manual_seed(seed);
-  Network network(read_config(task.model / "config.json")
-                      .hidden_dropout_prob(0)
-                      .attention_probs_dropout_prob(0)
-                      .num_labels(static_cast<int64_t>(task.data.categories.size()))
-                      .pooling(peft::models::Pooling::mean));
+  Network network(
+      read_config(task.model / "config.json")
+          .hidden_dropout_prob(0)
+          .attention_probs_dropout_prob(0)
+          .num_labels(static_cast<int64_t>(task.data.categories.size()))
+          .pooling(peft::models::Pooling::mean));
   peft::load_base(
       *network->bert,
       (task.model / "model.safetensors").string(),
@@ -72,8 +80,11 @@ inline Task real_task(
   task.model = model;
   task.network_name = "all-MiniLM-L6-v2";
   task.data_name = "WordNet 3.0 definitions";
-  task.data = quick ? split_balanced(read_wordnet(wordnet), tokenizer, 10, 5, 123)
-                    : split_balanced(read_wordnet(wordnet), tokenizer, 100, 40, 123);
+  task.data = split_balanced(read_wordnet(wordnet), tokenizer, 100, 40, 123);
+  if (quick) { // the texts are in random order
+    task.data.train.resize(task.data.train.size() / 10);
+    task.data.test.resize(task.data.test.size() / 8);
+  }
   task.padding = tokenizer.padding();
   return task;
 }
@@ -113,8 +124,10 @@ struct MadeUpLanguage {
     filler = words(32);
   }
 
-  /// Two to four words of `first`, then as many of `second`, filler between them.
-  std::string sentence(size_t first, size_t second, std::mt19937_64& generator) const {
+  /// Two to four words of `first`, then as many of `second`, filler between
+  /// them.
+  std::string sentence(size_t first, size_t second, std::mt19937_64& generator)
+      const {
     std::string text;
     const auto add = [&](const std::vector<std::string>& words) {
       text += (text.empty() ? "" : " ") + words[generator() % words.size()];
@@ -130,34 +143,24 @@ struct MadeUpLanguage {
     return text;
   }
 
-  /// What the network is pretrained on: which topic comes first, whatever follows.
-  Corpus first_topics(size_t per_class, uint64_t seed) const {
+  /// Texts of two topics: with a class for each pair, or for each order of each
+  /// pair.
+  Corpus pairs(bool ordered, size_t per_class, uint64_t seed) const {
     std::mt19937_64 generator(seed);
     Corpus corpus;
     for (size_t first = 0; first < kTopics; ++first) {
-      corpus.categories.push_back("topic " + std::to_string(first));
-      for (size_t i = 0; i < per_class; ++i) {
-        corpus.texts.push_back(sentence(first, generator() % kTopics, generator));
-        corpus.labels.push_back(static_cast<int64_t>(first));
-      }
-    }
-    return corpus;
-  }
-
-  /// What it is adapted to: which topic comes before which.
-  Corpus ordered_pairs(size_t per_class, uint64_t seed) const {
-    std::mt19937_64 generator(seed);
-    Corpus corpus;
-    for (size_t first = 0; first < kTopics; ++first) {
-      for (size_t second = 0; second < kTopics; ++second) {
+      for (size_t second = ordered ? 0 : first + 1; second < kTopics;
+           ++second) {
         if (first == second) {
           continue;
         }
         const auto label = static_cast<int64_t>(corpus.categories.size());
-        corpus.categories.push_back(
-            "topic " + std::to_string(first) + " before " + std::to_string(second));
+        corpus.categories.push_back(fmt::format(
+            "{} {} {}", first, ordered ? "before" : "with", second));
         for (size_t i = 0; i < per_class; ++i) {
-          corpus.texts.push_back(sentence(first, second, generator));
+          const bool swap = !ordered && i % 2 == 1;
+          corpus.texts.push_back(sentence(
+              swap ? second : first, swap ? first : second, generator));
           corpus.labels.push_back(label);
         }
       }
@@ -166,7 +169,9 @@ struct MadeUpLanguage {
   }
 };
 
-/// Pretrains a small network on made-up text and writes it to `folder` as Hugging Face's files.
+/// Pretrains a small network to see which two topics a text has, and writes it
+/// to `folder` as Hugging Face's files. The task is to learn which of the two
+/// comes first.
 inline Task made_up_task(const std::filesystem::path& folder, bool quick) {
   const MadeUpLanguage language(1);
   std::filesystem::create_directories(folder);
@@ -184,26 +189,38 @@ inline Task made_up_task(const std::filesystem::path& folder, bool quick) {
   }
   const WordPiece tokenizer((folder / "vocab.txt").string());
   const auto config = nlohmann::ordered_json{
-      {"model_type", "bert"},        {"vocab_size", tokenizer.size()},
-      {"hidden_size", 64},           {"num_hidden_layers", 2},
-      {"num_attention_heads", 4},    {"intermediate_size", 128},
-      {"max_position_embeddings", 32}, {"type_vocab_size", 2},
-      {"pad_token_id", 0},           {"layer_norm_eps", 1e-12},
+      {"model_type", "bert"},
+      {"vocab_size", tokenizer.size()},
+      {"hidden_size", 64},
+      {"num_hidden_layers", 2},
+      {"num_attention_heads", 4},
+      {"intermediate_size", 128},
+      {"max_position_embeddings", 32},
+      {"type_vocab_size", 2},
+      {"pad_token_id", 0},
+      {"layer_norm_eps", 1e-12},
       {"hidden_act", "gelu"}};
   std::ofstream(folder / "config.json") << config.dump(2) << '\n';
 
+  const size_t lesson_size = quick ? 60 : 300;
   const auto lessons = split_balanced(
-      language.first_topics(quick ? 120 : 400, 2), tokenizer, quick ? 80 : 320, 20, 3);
+      language.pairs(false, 2 * lesson_size, 2), tokenizer, lesson_size, 0, 3);
   torch::manual_seed(1);
-  Network network(read_config(folder / "config.json")
-                      .hidden_dropout_prob(0)
-                      .attention_probs_dropout_prob(0)
-                      .num_labels(MadeUpLanguage::kTopics)
-                      .pooling(peft::models::Pooling::mean));
+  Network network(
+      read_config(folder / "config.json")
+          .hidden_dropout_prob(0)
+          .attention_probs_dropout_prob(0)
+          .num_labels(static_cast<int64_t>(lessons.categories.size()))
+          .pooling(peft::models::Pooling::mean));
   TrainOptions options;
   options.epochs = 3;
-  train(network, network->parameters(), lessons.train, tokenizer.padding(), options,
-        "pretraining a small BERT");
+  train(
+      network,
+      network->parameters(),
+      lessons.train,
+      tokenizer.padding(),
+      options,
+      "pretraining a small BERT");
   std::vector<std::pair<std::string, torch::Tensor>> weights;
   for (const auto& item : network->bert->named_parameters()) {
     weights.emplace_back(item.key(), item.value().detach());
@@ -212,12 +229,12 @@ inline Task made_up_task(const std::filesystem::path& folder, bool quick) {
 
   Task task;
   task.model = folder;
-  task.network_name = "a small made-up BERT";
+  task.network_name = "A small made-up BERT";
   task.data_name = "made-up sentences";
   task.padding = tokenizer.padding();
   task.data = quick
-      ? split_balanced(language.ordered_pairs(40, 4), tokenizer, 20, 10, 123)
-      : split_balanced(language.ordered_pairs(160, 4), tokenizer, 100, 40, 123);
+      ? split_balanced(language.pairs(true, 60, 4), tokenizer, 20, 10, 123)
+      : split_balanced(language.pairs(true, 600, 4), tokenizer, 300, 100, 123);
   return task;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
-// The training loop and its measurements. Nothing here knows which method trains.
+// The training loop and its measurements. Nothing here knows which method
+// trains.
 
 #include "dataset.h"
 #include "process.h"
@@ -53,9 +54,11 @@ inline torch::Tensor predict(
     const auto output = features ? network->features(batch.ids, batch.mask)
                                  : network->forward(batch.ids, batch.mask);
     if (!result.defined()) {
-      result = torch::empty({static_cast<int64_t>(examples.size()), output.size(1)});
+      result =
+          torch::empty({static_cast<int64_t>(examples.size()), output.size(1)});
     }
-    const auto index = torch::tensor(std::vector<int64_t>(rows.begin(), rows.end()));
+    const auto index =
+        torch::tensor(std::vector<int64_t>(rows.begin(), rows.end()));
     result.index_copy_(0, index, output);
   }
   return result;
@@ -69,7 +72,9 @@ inline torch::Tensor labels_of(const Examples& examples) {
   return torch::tensor(labels);
 }
 
-inline double accuracy(const torch::Tensor& logits, const torch::Tensor& labels) {
+inline double accuracy(
+    const torch::Tensor& logits,
+    const torch::Tensor& labels) {
   return logits.argmax(1).eq(labels).to(torch::kDouble).mean().item<double>();
 }
 
@@ -94,8 +99,10 @@ inline TrainResult train(
 
   torch::optim::AdamW optimizer(
       parameters,
-      torch::optim::AdamWOptions(options.learning_rate).weight_decay(options.weight_decay));
-  auto& settings = static_cast<torch::optim::AdamWOptions&>(optimizer.param_groups()[0].options());
+      torch::optim::AdamWOptions(options.learning_rate)
+          .weight_decay(options.weight_decay));
+  auto& settings = static_cast<torch::optim::AdamWOptions&>(
+      optimizer.param_groups()[0].options());
 
   TrainResult result;
   Progress progress(title, total);
@@ -103,21 +110,25 @@ inline TrainResult train(
   reset_peak_memory();
   const auto start = Clock::now();
   network->train();
-  for (int64_t epoch = 0; epoch < options.epochs && !result.interrupted; ++epoch) {
+  for (int64_t epoch = 0; epoch < options.epochs && !result.interrupted;
+       ++epoch) {
     for (const auto& rows : shuffled_batches(examples, batch_size, order)) {
       const auto step = static_cast<int64_t>(result.losses.size());
-      settings.lr(options.learning_rate * (1 - static_cast<double>(step) / total));
+      settings.lr(
+          options.learning_rate * (1 - static_cast<double>(step) / total));
 
       const auto batch = make_batch(examples, rows, padding);
-      const auto loss =
-          torch::nn::functional::cross_entropy(network->forward(batch.ids, batch.mask), batch.labels);
+      const auto loss = torch::nn::functional::cross_entropy(
+          network->forward(batch.ids, batch.mask), batch.labels);
       optimizer.zero_grad();
       loss.backward();
       torch::nn::utils::clip_grad_norm_(parameters, 1.0);
       optimizer.step();
 
       result.losses.push_back(loss.item<double>());
-      smooth_loss = step == 0 ? result.losses.back() : 0.95 * smooth_loss + 0.05 * result.losses.back();
+      smooth_loss = step == 0
+          ? result.losses.back()
+          : 0.95 * smooth_loss + 0.05 * result.losses.back();
       progress.update(step + 1, fmt::format("loss {:.3f}", smooth_loss));
       result.interrupted = interrupted();
       if (result.interrupted) {
@@ -125,7 +136,8 @@ inline TrainResult train(
       }
     }
   }
-  result.seconds_per_step = seconds_since(start) / static_cast<double>(result.losses.size());
+  result.seconds_per_step =
+      seconds_since(start) / static_cast<double>(result.losses.size());
   result.peak_mib = peak_memory_mib();
   return result;
 }

@@ -22,21 +22,25 @@ struct Corpus {
 /// The names of lexicographer files 3 to 43, from lexnames(5WN).
 inline const std::vector<std::string>& lexname_table() {
   static const std::vector<std::string> names{
-      "noun.Tops",       "noun.act",       "noun.animal",        "noun.artifact",
-      "noun.attribute",  "noun.body",      "noun.cognition",     "noun.communication",
-      "noun.event",      "noun.feeling",   "noun.food",          "noun.group",
-      "noun.location",   "noun.motive",    "noun.object",        "noun.person",
-      "noun.phenomenon", "noun.plant",     "noun.possession",    "noun.process",
-      "noun.quantity",   "noun.relation",  "noun.shape",         "noun.state",
-      "noun.substance",  "noun.time",      "verb.body",          "verb.change",
-      "verb.cognition",  "verb.communication", "verb.competition", "verb.consumption",
-      "verb.contact",    "verb.creation",  "verb.emotion",       "verb.motion",
-      "verb.perception", "verb.possession", "verb.social",       "verb.stative",
-      "verb.weather"};
+      "noun.Tops",        "noun.act",           "noun.animal",
+      "noun.artifact",    "noun.attribute",     "noun.body",
+      "noun.cognition",   "noun.communication", "noun.event",
+      "noun.feeling",     "noun.food",          "noun.group",
+      "noun.location",    "noun.motive",        "noun.object",
+      "noun.person",      "noun.phenomenon",    "noun.plant",
+      "noun.possession",  "noun.process",       "noun.quantity",
+      "noun.relation",    "noun.shape",         "noun.state",
+      "noun.substance",   "noun.time",          "verb.body",
+      "verb.change",      "verb.cognition",     "verb.communication",
+      "verb.competition", "verb.consumption",   "verb.contact",
+      "verb.creation",    "verb.emotion",       "verb.motion",
+      "verb.perception",  "verb.possession",    "verb.social",
+      "verb.stative",     "verb.weather"};
   return names;
 }
 
-/// The definition in a gloss: what stands before the first example, `a large dog; "the dog barked"` -> `a large dog`.
+/// The definition in a gloss: what stands before the first example, `a large
+/// dog; "the dog barked"` -> `a large dog`.
 inline std::string definition_of(const std::string& gloss) {
   auto text = gloss.substr(0, gloss.find("; \""));
   const auto begin = text.find_first_not_of(" \t\r");
@@ -44,7 +48,8 @@ inline std::string definition_of(const std::string& gloss) {
   return begin == std::string::npos ? "" : text.substr(begin, end - begin + 1);
 }
 
-/// Every noun and verb definition in `folder` (`data.noun`, `data.verb`; the format is wndb(5WN)).
+/// Every noun and verb definition in `folder` (`data.noun`, `data.verb`; the
+/// format is wndb(5WN)).
 inline Corpus read_wordnet(const std::filesystem::path& folder) {
   constexpr int64_t kFirstFile = 3; // noun.Tops
   Corpus corpus;
@@ -61,7 +66,10 @@ inline Corpus read_wordnet(const std::filesystem::path& folder) {
       const auto label = std::stoll(line.substr(9, 2)) - kFirstFile;
       TORCH_CHECK(
           label >= 0 && label < static_cast<int64_t>(corpus.categories.size()),
-          "peft: ", (folder / name).string(), " names the unknown category ", line.substr(9, 2));
+          "peft: ",
+          (folder / name).string(),
+          " names the unknown category ",
+          line.substr(9, 2));
       corpus.texts.push_back(definition_of(line.substr(bar + 2)));
       corpus.labels.push_back(label);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
-// BERT's uncased WordPiece tokenizer: clean, strip accents, lower case, split, longest match first.
+// BERT's uncased WordPiece tokenizer: clean, strip accents, lower case, split,
+// longest match first.
 
 #include <utf8proc.h>
 
@@ -15,10 +16,13 @@
 
 namespace gloss {
 
-/// Text -> token ids, `[CLS] pieces... [SEP]`, equal to Hugging Face's uncased BERT tokenizer.
+/// Text -> token ids, `[CLS] pieces... [SEP]`, equal to Hugging Face's uncased
+/// BERT tokenizer.
 ///
-/// Equal over all of Unicode 8, where the tables of that tokenizer end; a few hundred marks and signs that are
-/// younger are dropped here and unknown there. The names of special tokens inside a text are read as ordinary text. Bytes that are no UTF-8 are left out.
+/// Equal over all of Unicode 8, where the tables of that tokenizer end; a few
+/// hundred marks and signs that are younger are dropped here and unknown there.
+/// The names of special tokens inside a text are read as ordinary text. Bytes
+/// that are no UTF-8 are left out.
 class WordPiece {
  public:
   /// Reads `vocab.txt`: one token a line, its id is the line number.
@@ -38,7 +42,8 @@ class WordPiece {
   }
 
   /// Ids of `text`, cut to `max_length` ids with the two special ones.
-  std::vector<int64_t> encode(std::string_view text, size_t max_length = 512) const {
+  std::vector<int64_t> encode(std::string_view text, size_t max_length = 512)
+      const {
     std::vector<int64_t> ids{first_};
     for (const auto& word : split(normalize(decode(text)))) {
       append_pieces(word, ids);
@@ -61,7 +66,12 @@ class WordPiece {
 
   int64_t id_of(const std::string& token, const std::string& path) const {
     const auto found = vocabulary_.find(token);
-    TORCH_CHECK(found != vocabulary_.end(), "peft: the vocabulary ", path, " has no ", token);
+    TORCH_CHECK(
+        found != vocabulary_.end(),
+        "peft: the vocabulary ",
+        path,
+        " has no ",
+        token);
     return found->second;
   }
 
@@ -69,15 +79,17 @@ class WordPiece {
 
   static bool is_space(utf8proc_int32_t c) {
     const auto category = utf8proc_category(c);
-    return c == '\t' || c == '\n' || c == '\r' || category == UTF8PROC_CATEGORY_ZS ||
-        category == UTF8PROC_CATEGORY_ZL || category == UTF8PROC_CATEGORY_ZP;
+    return c == '\t' || c == '\n' || c == '\r' ||
+        category == UTF8PROC_CATEGORY_ZS || category == UTF8PROC_CATEGORY_ZL ||
+        category == UTF8PROC_CATEGORY_ZP;
   }
 
   /// Control, format and private-use characters, and U+FFFD, leave the text.
   static bool is_dropped(utf8proc_int32_t c) {
     const auto category = utf8proc_category(c);
-    return c == 0xFFFD || category == UTF8PROC_CATEGORY_CC || category == UTF8PROC_CATEGORY_CF ||
-        category == UTF8PROC_CATEGORY_CO || category == UTF8PROC_CATEGORY_CS;
+    return c == 0xFFFD || category == UTF8PROC_CATEGORY_CC ||
+        category == UTF8PROC_CATEGORY_CF || category == UTF8PROC_CATEGORY_CO ||
+        category == UTF8PROC_CATEGORY_CS;
   }
 
   static bool is_ideograph(utf8proc_int32_t c) {
@@ -104,8 +116,8 @@ class WordPiece {
     const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
     for (size_t at = 0; at < text.size();) {
       utf8proc_int32_t point = 0;
-      const auto used =
-          utf8proc_iterate(bytes + at, static_cast<utf8proc_ssize_t>(text.size() - at), &point);
+      const auto used = utf8proc_iterate(
+          bytes + at, static_cast<utf8proc_ssize_t>(text.size() - at), &point);
       if (used > 0) {
         points.push_back(point);
       }
@@ -114,12 +126,15 @@ class WordPiece {
     return points;
   }
 
-  static std::string encode_utf8(const utf8proc_int32_t* begin, const utf8proc_int32_t* end) {
+  static std::string encode_utf8(
+      const utf8proc_int32_t* begin,
+      const utf8proc_int32_t* end) {
     std::string text;
     for (; begin != end; ++begin) {
       utf8proc_uint8_t bytes[4];
       const auto used = utf8proc_encode_char(*begin, bytes);
-      text.append(reinterpret_cast<const char*>(bytes), static_cast<size_t>(used));
+      text.append(
+          reinterpret_cast<const char*>(bytes), static_cast<size_t>(used));
     }
     return text;
   }
@@ -140,7 +155,8 @@ class WordPiece {
     for (const auto c : clean) {
       utf8proc_int32_t parts[32];
       int boundary = 0;
-      const auto count = utf8proc_decompose_char(c, parts, 32, UTF8PROC_DECOMPOSE, &boundary);
+      const auto count =
+          utf8proc_decompose_char(c, parts, 32, UTF8PROC_DECOMPOSE, &boundary);
       for (utf8proc_ssize_t i = 0; i < count; ++i) {
         if (utf8proc_category(parts[i]) != UTF8PROC_CATEGORY_MN) {
           result.push_back(utf8proc_tolower(parts[i]));

@@ -2,9 +2,11 @@
 
 // BERT and RoBERTa encoders as ordinary LibTorch modules.
 //
-// Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692. Every module is registered
-// under the name Hugging Face gives it ("encoder.layer.0.attention.self.query"), so checkpoints load by
-// name and adapter files fit both ways. Nothing here knows about adapters: this is a user's network.
+// Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692.
+// Every module is registered under the name Hugging Face gives it
+// ("encoder.layer.0.attention.self.query"), so checkpoints load by name and
+// adapter files fit both ways. Nothing here knows about adapters: this is a
+// user's network.
 
 #include <torch/enum.h>
 #include <torch/nn/cloneable.h>
@@ -32,7 +34,8 @@ enum class Pooling {
 ///
 /// Example:
 /// ```
-/// auto options = peft::models::BertOptions().hidden_size(384).num_hidden_layers(6).intermediate_size(1536);
+/// auto options =
+/// peft::models::BertOptions().hidden_size(384).num_hidden_layers(6).intermediate_size(1536);
 /// peft::models::BertModel model(options);
 /// ```
 struct BertOptions {
@@ -47,7 +50,8 @@ struct BertOptions {
   TORCH_ARG(double, layer_norm_eps) = 1e-12;
   TORCH_ARG(double, hidden_dropout_prob) = 0.1;
   TORCH_ARG(double, attention_probs_dropout_prob) = 0.1;
-  /// RoBERTa numbers positions from `pad_token_id + 1` and gives padding the position `pad_token_id`.
+  /// RoBERTa numbers positions from `pad_token_id + 1` and gives padding the
+  /// position `pad_token_id`.
   TORCH_ARG(bool, roberta_positions) = false;
   TORCH_ARG(bool, add_pooling_layer) = true;
   /// The two fields of the classification head.
@@ -57,9 +61,11 @@ struct BertOptions {
 
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Embeddings ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// LayerNorm(word + token type + position), `[batch, length]` -> `[batch, length, hidden]`.
+/// LayerNorm(word + token type + position), `[batch, length]` -> `[batch,
+/// length, hidden]`.
 struct BertEmbeddingsImpl : torch::nn::Cloneable<BertEmbeddingsImpl> {
-  explicit BertEmbeddingsImpl(BertOptions options_) : options(std::move(options_)) {
+  explicit BertEmbeddingsImpl(BertOptions options_)
+      : options(std::move(options_)) {
     reset();
   }
 
@@ -67,24 +73,30 @@ struct BertEmbeddingsImpl : torch::nn::Cloneable<BertEmbeddingsImpl> {
     using torch::nn::Embedding;
     const auto hidden = options.hidden_size();
     const auto padding = options.pad_token_id();
-    const auto table = [&](int64_t rows) { return torch::nn::EmbeddingOptions(rows, hidden); };
+    const auto table = [&](int64_t rows) {
+      return torch::nn::EmbeddingOptions(rows, hidden);
+    };
     word_embeddings = register_module(
-        "word_embeddings", Embedding(table(options.vocab_size()).padding_idx(padding)));
+        "word_embeddings",
+        Embedding(table(options.vocab_size()).padding_idx(padding)));
     position_embeddings = register_module(
-        "position_embeddings", Embedding(table(options.max_position_embeddings())));
-    token_type_embeddings =
-        register_module("token_type_embeddings", Embedding(table(options.type_vocab_size())));
+        "position_embeddings",
+        Embedding(table(options.max_position_embeddings())));
+    token_type_embeddings = register_module(
+        "token_type_embeddings", Embedding(table(options.type_vocab_size())));
     norm = register_module(
         "LayerNorm",
-        torch::nn::LayerNorm(
-            torch::nn::LayerNormOptions({hidden}).eps(options.layer_norm_eps())));
-    dropout = register_module("dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
+        torch::nn::LayerNorm(torch::nn::LayerNormOptions({hidden}).eps(
+            options.layer_norm_eps())));
+    dropout = register_module(
+        "dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
   }
 
   Tensor forward(const Tensor& input_ids, const Tensor& token_type_ids) {
     const auto positions = position_ids(input_ids);
     auto embedded = word_embeddings->forward(input_ids) +
-        token_type_embeddings->forward(token_type_ids) + position_embeddings->forward(positions);
+        token_type_embeddings->forward(token_type_ids) +
+        position_embeddings->forward(positions);
     return dropout->forward(norm->forward(embedded));
   }
 
@@ -107,9 +119,11 @@ TORCH_MODULE(BertEmbeddings);
 
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Attention ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// Multi-head attention before its output projection, `[batch, length, hidden]` -> the same.
+/// Multi-head attention before its output projection, `[batch, length, hidden]`
+/// -> the same.
 struct BertSelfAttentionImpl : torch::nn::Cloneable<BertSelfAttentionImpl> {
-  explicit BertSelfAttentionImpl(BertOptions options_) : options(std::move(options_)) {
+  explicit BertSelfAttentionImpl(BertOptions options_)
+      : options(std::move(options_)) {
     reset();
   }
 
@@ -117,19 +131,24 @@ struct BertSelfAttentionImpl : torch::nn::Cloneable<BertSelfAttentionImpl> {
     const auto hidden = options.hidden_size();
     TORCH_CHECK(
         hidden % options.num_attention_heads() == 0,
-        "peft: hidden_size (", hidden, ") must be a multiple of num_attention_heads (",
-        options.num_attention_heads(), ")");
+        "peft: hidden_size (",
+        hidden,
+        ") must be a multiple of num_attention_heads (",
+        options.num_attention_heads(),
+        ")");
     query = register_module("query", torch::nn::Linear(hidden, hidden));
     key = register_module("key", torch::nn::Linear(hidden, hidden));
     value = register_module("value", torch::nn::Linear(hidden, hidden));
   }
 
-  /// `mask` is boolean, broadcastable to `[batch, heads, length, length]`, true where attention may look; undefined means everywhere.
+  /// `mask` is boolean, broadcastable to `[batch, heads, length, length]`, true
+  /// where attention may look; undefined means everywhere.
   Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
     const auto heads = options.num_attention_heads();
-    const auto split = [heads](const Tensor& x) { // [batch, heads, length, hidden / heads]
-      return x.unflatten(-1, {heads, x.size(-1) / heads}).transpose(1, 2);
-    };
+    const auto split =
+        [heads](const Tensor& x) { // [batch, heads, length, hidden / heads]
+          return x.unflatten(-1, {heads, x.size(-1) / heads}).transpose(1, 2);
+        };
     const auto context = at::scaled_dot_product_attention(
         split(query->forward(hidden_states)),
         split(key->forward(hidden_states)),
@@ -158,9 +177,10 @@ struct BertOutputImpl : torch::nn::Cloneable<BertOutputImpl> {
     dense = register_module("dense", torch::nn::Linear(in_features, hidden));
     norm = register_module(
         "LayerNorm",
-        torch::nn::LayerNorm(
-            torch::nn::LayerNormOptions({hidden}).eps(options.layer_norm_eps())));
-    dropout = register_module("dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
+        torch::nn::LayerNorm(torch::nn::LayerNormOptions({hidden}).eps(
+            options.layer_norm_eps())));
+    dropout = register_module(
+        "dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
   }
 
   Tensor forward(const Tensor& x, const Tensor& residual) {
@@ -176,13 +196,15 @@ struct BertOutputImpl : torch::nn::Cloneable<BertOutputImpl> {
 TORCH_MODULE(BertOutput);
 
 struct BertAttentionImpl : torch::nn::Cloneable<BertAttentionImpl> {
-  explicit BertAttentionImpl(BertOptions options_) : options(std::move(options_)) {
+  explicit BertAttentionImpl(BertOptions options_)
+      : options(std::move(options_)) {
     reset();
   }
 
   void reset() override {
     self = register_module("self", BertSelfAttention(options));
-    output = register_module("output", BertOutput(options, options.hidden_size()));
+    output =
+        register_module("output", BertOutput(options, options.hidden_size()));
   }
 
   Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
@@ -199,13 +221,15 @@ TORCH_MODULE(BertAttention);
 
 /// gelu(dense(x)), `hidden_size` -> `intermediate_size`.
 struct BertIntermediateImpl : torch::nn::Cloneable<BertIntermediateImpl> {
-  explicit BertIntermediateImpl(BertOptions options_) : options(std::move(options_)) {
+  explicit BertIntermediateImpl(BertOptions options_)
+      : options(std::move(options_)) {
     reset();
   }
 
   void reset() override {
     dense = register_module(
-        "dense", torch::nn::Linear(options.hidden_size(), options.intermediate_size()));
+        "dense",
+        torch::nn::Linear(options.hidden_size(), options.intermediate_size()));
   }
 
   Tensor forward(const Tensor& hidden_states) {
@@ -225,7 +249,8 @@ struct BertLayerImpl : torch::nn::Cloneable<BertLayerImpl> {
   void reset() override {
     attention = register_module("attention", BertAttention(options));
     intermediate = register_module("intermediate", BertIntermediate(options));
-    output = register_module("output", BertOutput(options, options.intermediate_size()));
+    output = register_module(
+        "output", BertOutput(options, options.intermediate_size()));
   }
 
   Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
@@ -241,7 +266,8 @@ struct BertLayerImpl : torch::nn::Cloneable<BertLayerImpl> {
 TORCH_MODULE(BertLayer);
 
 struct BertEncoderImpl : torch::nn::Cloneable<BertEncoderImpl> {
-  explicit BertEncoderImpl(BertOptions options_) : options(std::move(options_)) {
+  explicit BertEncoderImpl(BertOptions options_)
+      : options(std::move(options_)) {
     reset();
   }
 
@@ -274,7 +300,8 @@ struct BertPoolerImpl : torch::nn::Cloneable<BertPoolerImpl> {
 
   void reset() override {
     dense = register_module(
-        "dense", torch::nn::Linear(options.hidden_size(), options.hidden_size()));
+        "dense",
+        torch::nn::Linear(options.hidden_size(), options.hidden_size()));
   }
 
   Tensor forward(const Tensor& hidden_states) {
@@ -286,7 +313,8 @@ struct BertPoolerImpl : torch::nn::Cloneable<BertPoolerImpl> {
 };
 TORCH_MODULE(BertPooler);
 
-/// The encoder: token ids `[batch, length]` -> hidden states `[batch, length, hidden]`.
+/// The encoder: token ids `[batch, length]` -> hidden states `[batch, length,
+/// hidden]`.
 struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
   explicit BertModelImpl(BertOptions options_) : options(std::move(options_)) {
     reset();
@@ -300,13 +328,15 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
     }
   }
 
-  /// `attention_mask` `[batch, length]` is 1 for a token and 0 for padding; leave it out when nothing is padded.
+  /// `attention_mask` `[batch, length]` is 1 for a token and 0 for padding;
+  /// leave it out when nothing is padded.
   Tensor forward(
       const Tensor& input_ids,
       const Tensor& attention_mask = {},
       const Tensor& token_type_ids = {}) {
     check(input_ids, attention_mask);
-    const auto types = token_type_ids.defined() ? token_type_ids : torch::zeros_like(input_ids);
+    const auto types = token_type_ids.defined() ? token_type_ids
+                                                : torch::zeros_like(input_ids);
     Tensor mask;
     if (attention_mask.defined()) {
       mask = attention_mask.to(torch::kBool).unsqueeze(1).unsqueeze(1);
@@ -320,31 +350,44 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
   BertPooler pooler{nullptr};
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(Tensor())}, {2, torch::nn::AnyValue(Tensor())})
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(Tensor())},
+      {2, torch::nn::AnyValue(Tensor())})
 
  private:
   void check(const Tensor& input_ids, const Tensor& attention_mask) const {
     TORCH_CHECK(
         input_ids.dim() == 2,
-        "peft: token ids must have the shape [batch, length], got ", input_ids.sizes());
-    const auto reserved = options.roberta_positions() ? options.pad_token_id() + 1 : 0;
+        "peft: token ids must have the shape [batch, length], got ",
+        input_ids.sizes());
+    const auto reserved =
+        options.roberta_positions() ? options.pad_token_id() + 1 : 0;
     TORCH_CHECK(
         input_ids.size(1) + reserved <= options.max_position_embeddings(),
-        "peft: a sequence of ", input_ids.size(1), " tokens is longer than the ",
-        options.max_position_embeddings() - reserved, " positions of this model; truncate it");
+        "peft: a sequence of ",
+        input_ids.size(1),
+        " tokens is longer than the ",
+        options.max_position_embeddings() - reserved,
+        " positions of this model; truncate it");
     TORCH_CHECK(
-        !attention_mask.defined() || attention_mask.sizes() == input_ids.sizes(),
-        "peft: the attention mask must have the token ids' shape ", input_ids.sizes(), ", got ",
+        !attention_mask.defined() ||
+            attention_mask.sizes() == input_ids.sizes(),
+        "peft: the attention mask must have the token ids' shape ",
+        input_ids.sizes(),
+        ", got ",
         attention_mask.defined() ? attention_mask.sizes() : at::IntArrayRef());
   }
 };
 TORCH_MODULE(BertModel);
 
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Classification ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Classification
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// The encoder with a linear head: token ids `[batch, length]` -> logits `[batch, num_labels]`.
+/// The encoder with a linear head: token ids `[batch, length]` -> logits
+/// `[batch, num_labels]`.
 ///
-/// Load a bare encoder's checkpoint into `bert`, a fine-tuned classifier's into the whole module.
+/// Load a bare encoder's checkpoint into `bert`, a fine-tuned classifier's into
+/// the whole module.
 struct BertForSequenceClassificationImpl
     : torch::nn::Cloneable<BertForSequenceClassificationImpl> {
   explicit BertForSequenceClassificationImpl(BertOptions options_)
@@ -354,14 +397,19 @@ struct BertForSequenceClassificationImpl
 
   void reset() override {
     const bool needs_pooler = options.pooling() == Pooling::pooler;
-    bert = register_module("bert", BertModel(BertOptions(options).add_pooling_layer(needs_pooler)));
-    dropout = register_module("dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
+    bert = register_module(
+        "bert",
+        BertModel(BertOptions(options).add_pooling_layer(needs_pooler)));
+    dropout = register_module(
+        "dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
     classifier = register_module(
-        "classifier", torch::nn::Linear(options.hidden_size(), options.num_labels()));
+        "classifier",
+        torch::nn::Linear(options.hidden_size(), options.num_labels()));
   }
 
   Tensor forward(const Tensor& input_ids, const Tensor& attention_mask = {}) {
-    return classifier->forward(dropout->forward(features(input_ids, attention_mask)));
+    return classifier->forward(
+        dropout->forward(features(input_ids, attention_mask)));
   }
 
   /// What the head sees, `[batch, hidden]`.
