@@ -172,11 +172,25 @@ inline Tensor guard_merged(Tensor fresh, const Site& site) {
 /// no gradient. Refused on every run.
 inline void refuse_optimised_torchscript(const Tensor& y) {
   TORCH_CHECK(
-      !(y.requires_grad() && torch::jit::getGraphExecutorOptimize() &&
+      !(y.requires_grad() && at::GradMode::is_enabled() &&
+        torch::jit::getGraphExecutorOptimize() &&
         !torch::jit::currentCallstack().empty()),
       "peft: TorchScript's optimising executor drops the gradients of an "
       "adapter. Train inside `torch::jit::GraphOptimizerEnabledGuard "
       "guard(false);`, or run inference under torch::NoGradGuard");
+}
+
+/// The executor's plan for a module that trained before detaches the weights it
+/// is handed, even under GraphOptimizerEnabledGuard(false).
+inline void refuse_detached_in_torchscript(const Tensor& value) {
+  TORCH_CHECK(
+      !(value.requires_grad() && at::GradMode::is_enabled() &&
+        !torch::jit::currentCallstack().empty()),
+      "peft: TorchScript detached an adapted weight, whose adapter would get "
+      "no "
+      "gradients: its executor keeps a plan from earlier training of this "
+      "module. Call peft::forget_plans(model) first, or run inference under "
+      "torch::NoGradGuard");
 }
 
 /// The weight that `site` makes of the plain tensor `weight`, which has the
@@ -220,7 +234,11 @@ inline Tensor value_of(const Tensor& t, const AdaptedMeta& meta) {
   } else {
     value = apply_deltas(*site, base_of(t));
   }
-  return meta.cut ? value.detach() : value;
+  if (!meta.cut) {
+    return value;
+  }
+  refuse_detached_in_torchscript(value);
+  return value.detach();
 }
 
 inline Tensor plain(const Tensor& t) {
@@ -618,6 +636,24 @@ inline Tensor to_dtype_layout_kernel(
     std::optional<at::MemoryFormat> format) {
   return moved(self, [&](const Tensor& b) {
     return b.to(dtype, layout, device, pin_memory, non_blocking, copy, format);
+  });
+}
+
+inline Tensor type_as_kernel(const Tensor& self, const Tensor& other) {
+  return moved(self, [&](const Tensor& b) {
+    return b.to(other.device(), other.scalar_type());
+  });
+}
+
+inline Tensor to_other_kernel(
+    const Tensor& self,
+    const Tensor& other,
+    bool non_blocking,
+    bool copy,
+    std::optional<at::MemoryFormat> format) {
+  return moved(self, [&](const Tensor& b) {
+    return b.to(
+        other.device(), other.scalar_type(), non_blocking, copy, format);
   });
 }
 
@@ -1055,6 +1091,8 @@ inline void register_kernels() {
   aten->impl("to.device", TORCH_FN(to_device_kernel));
   aten->impl("to.dtype", TORCH_FN(to_dtype_kernel));
   aten->impl("to.dtype_layout", TORCH_FN(to_dtype_layout_kernel));
+  aten->impl("to.other", TORCH_FN(to_other_kernel));
+  aten->impl("type_as", TORCH_FN(type_as_kernel));
   aten->impl("detach", TORCH_FN(detach_kernel));
   aten->impl(
       "_has_compatible_shallow_copy_type",

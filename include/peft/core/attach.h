@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <any>
 #include <memory>
+#include <optional>
 #include <string>
 #include <typeinfo>
 #include <utility>
@@ -267,16 +268,19 @@ inline States states_below(torch::nn::Module& model) {
   return result;
 }
 
-/// Whether an earlier attach froze `parameter` and noted what it was before.
-inline bool was_recorded(const States& present, const Tensor& parameter) {
-  for (const auto& state : present) {
-    for (const auto& item : *state->required_grad) {
-      if (lock_tensor(item.first).is_same(parameter)) {
-        return true;
+/// requires_grad of `parameter` before the attaches of `states`, if they
+/// recorded it.
+inline std::optional<bool> required_before(
+    const States& states,
+    const Tensor& parameter) {
+  for (const auto& state : states) {
+    for (const auto& [weak, required] : *state->required_grad) {
+      if (lock_tensor(weak).is_same(parameter)) {
+        return required;
       }
     }
   }
-  return false;
+  return std::nullopt;
 }
 
 inline void warn_of_ties(
@@ -308,11 +312,18 @@ inline void warn_of_ties(
 inline std::shared_ptr<AdapterState> hang(
     const std::string& name,
     Plan plan,
-    const std::vector<std::pair<std::string, Tensor>>& all,
-    const States& present) {
+    const NamedParameters& all,
+    States present) {
   check_adapter_name(name);
   TORCH_CHECK(
       !plan.sites.empty(), "peft: there is nothing to adapt in this model");
+  for (const auto& item : all) { // adapters of a module around this one
+    if (auto* meta = tag_of(item.second)) {
+      for (const auto& entry : meta->site->entries) {
+        present.push_back(entry.adapter);
+      }
+    }
+  }
   for (const auto& other : present) {
     TORCH_CHECK(
         other->name != name,
@@ -331,7 +342,7 @@ inline std::shared_ptr<AdapterState> hang(
   state->required_grad = present.empty() ? std::make_shared<RequiredGrad>()
                                          : present.front()->required_grad;
   for (const auto& item : all) {
-    if (!was_recorded(present, item.second)) {
+    if (!required_before(present, item.second)) {
       state->required_grad->emplace_back(
           item.second.getIntrusivePtr(), item.second.requires_grad());
     }
@@ -362,8 +373,11 @@ commit(torch::nn::Module& root, const std::string& name, Plan plan) {
       "peft: the model has a child module named 'peft', where the adapters "
       "would go; rename it");
   auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
-  auto state =
-      hang(name, std::move(plan), base_parameters(root), states_below(root));
+  NamedParameters all = base_parameters(root);
+  for (auto& item : stale_parameters(root)) {
+    all.push_back(std::move(item)); // optimizers over the model see them
+  }
+  auto state = hang(name, std::move(plan), all, states_below(root));
   for (const auto& record : state->sites) {
     register_at(*node, record.parameters.front(), record.delta);
   }

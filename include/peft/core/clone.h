@@ -121,21 +121,13 @@ auto clone(
     TORCH_CHECK(copy, "peft: clone() of this module returned another type");
 
     const auto theirs = detail::base_parameters(*copy);
-    auto required = [&](const Tensor& tensor) {
-      for (const auto& [name, registry] : registries) {
-        for (const auto& [weak, flag] :
-             *registry->adapters.front()->required_grad) {
-          if (detail::lock_tensor(weak).is_same(tensor)) {
-            return flag;
-          }
-        }
-      }
-      return tensor.requires_grad();
-    };
+    const auto states = detail::states_below(original);
     for (const auto& [name, tensor] : detail::base_parameters(original)) {
       Tensor twin = detail::parameter_at(theirs, name);
       if (twin.defined() && twin.is_floating_point()) {
-        twin.set_requires_grad(required(tensor)); // attach freezes it again
+        twin.set_requires_grad( // attach freezes it again
+            detail::required_before(states, tensor)
+                .value_or(tensor.requires_grad()));
       }
     }
     for (const auto& [path, registry] : registries) {

@@ -109,19 +109,6 @@ inline std::vector<std::shared_ptr<Registry>> registries_below(
   return result;
 }
 
-/// The network's own parameters by name, without the adapters'.
-inline std::vector<std::pair<std::string, Tensor>> base_parameters(
-    torch::nn::Module& module) {
-  std::vector<std::pair<std::string, Tensor>> result;
-  walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
-    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
-      result.emplace_back(
-          name.empty() ? p.key() : name + "." + p.key(), p.value());
-    }
-  });
-  return result;
-}
-
 /// A member that was assigned (`head->weight = embedding->weight`) leaves its
 /// old tensor in the module's register; forward uses the member.
 inline void
@@ -216,20 +203,57 @@ inline std::string attention_around(
   return "";
 }
 
+/// One module as a Layer, without what only its surroundings tell.
+inline Layer describe_module(
+    const std::string& name,
+    const torch::nn::Module& module) {
+  Layer layer;
+  layer.name = name;
+  layer.type = module.name();
+  layer.module = &module;
+  for (const auto& p : module.named_parameters(/*recurse=*/false)) {
+    layer.parameters.emplace_back(p.key(), p.value());
+  }
+  describe_layer(module, layer);
+  return layer;
+}
+
+using NamedParameters = std::vector<std::pair<std::string, Tensor>>;
+
+/// The network's own parameters by name, without the adapters': the tensors
+/// that forward uses.
+inline NamedParameters base_parameters(torch::nn::Module& module) {
+  NamedParameters result;
+  walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
+    const Layer layer = describe_module(name, m);
+    for (const auto& p : layer.parameters) {
+      result.emplace_back(layer.path(p.first), p.second);
+    }
+  });
+  return result;
+}
+
+/// Tensors that are still registered but that an assigned member has replaced.
+inline NamedParameters stale_parameters(torch::nn::Module& module) {
+  NamedParameters result;
+  walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
+    const Layer layer = describe_module(name, m);
+    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
+      if (!layer.parameter(p.key()).is_same(p.value())) {
+        result.emplace_back(layer.path(p.key()), p.value());
+      }
+    }
+  });
+  return result;
+}
+
 } // namespace detail
 
 /// Every module of `root` with its own parameters, parents before children.
 inline Network describe_network(torch::nn::Module& root) {
   Network network;
   detail::walk(root, "", [&](const std::string& name, torch::nn::Module& m) {
-    Layer layer;
-    layer.name = name;
-    layer.type = m.name();
-    layer.module = &m;
-    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
-      layer.parameters.emplace_back(p.key(), p.value());
-    }
-    detail::describe_layer(m, layer);
+    Layer layer = detail::describe_module(name, m);
     layer.parent_attention = detail::attention_around(network, name);
     network.push_back(std::move(layer));
   });

@@ -14,6 +14,26 @@
 
 namespace peft {
 
+namespace detail {
+
+/// `what` names the option in the error.
+inline void check_regex(const std::string& pattern, const std::string& what) {
+  try {
+    std::regex compiled(pattern);
+  } catch (const std::regex_error& error) {
+    TORCH_CHECK_VALUE(
+        false,
+        "peft: '",
+        pattern,
+        "' in ",
+        what,
+        " is not a regular expression: ",
+        error.what());
+  }
+}
+
+} // namespace detail
+
 /// Which modules, or single parameters, an adapter is put on. Names are those
 /// of named_modules ("encoder.layer.0.attention.self.query") or of parameters
 /// ("self_attn.in_proj_weight"); the root module itself has the name "".
@@ -49,16 +69,7 @@ class Targets {
     Targets result;
     result.kind_ = Kind::regex;
     result.names_ = {pattern};
-    try {
-      std::regex compiled(pattern);
-    } catch (const std::regex_error& error) {
-      TORCH_CHECK(
-          false,
-          "peft: the target pattern '",
-          pattern,
-          "' is not a regular expression: ",
-          error.what());
-    }
+    detail::check_regex(pattern, "the targets");
     return result;
   }
 

@@ -309,17 +309,20 @@ inline BaseWeightsReport load_base(
   const detail::NameList ignore_missing(options.ignore_missing());
   const detail::NameList ignore_extra(options.ignore_extra());
 
-  // The adapters' own tensors are left out.
+  // The adapters' own tensors are left out; an assigned member counts, not the
+  // tensor that it replaced.
   detail::NamedTensors targets;
+  for (const auto& [name, tensor] : detail::base_parameters(model)) {
+    if (tensor.defined()) {
+      targets.emplace(name, tensor);
+    }
+  }
   detail::walk(
       model, "", [&](const std::string& name, torch::nn::Module& module) {
         const auto prefix = name.empty() ? name : name + '.';
-        for (const auto& own :
-             {module.named_parameters(false), module.named_buffers(false)}) {
-          for (const auto& item : own) {
-            if (item.value().defined()) {
-              targets.emplace(prefix + item.key(), item.value());
-            }
+        for (const auto& item : module.named_buffers(/*recurse=*/false)) {
+          if (item.value().defined()) {
+            targets.emplace(prefix + item.key(), item.value());
           }
         }
       });

@@ -611,7 +611,18 @@ inline Plan plan_from_folder(
         path,
         "' is not one that this version of libpeft reads (LORA, BITFIT)");
   }
-  fill_plan(result, read_adapter_weights(folder), folder, options.strict());
+  bool adapts_ties = false;
+  const auto tensors = read_adapter_weights(folder, adapts_ties);
+  const auto ties = half_tied(result, network);
+  TORCH_CHECK(
+      ties.empty() || adapts_ties || !options.strict(),
+      "peft: the adapter in '",
+      folder,
+      "' adapts one of two tied weights, ",
+      ties,
+      ". They are one tensor in this model and can only be adapted together; "
+      "untie them, or load with strict(false) to adapt both");
+  fill_plan(result, tensors, folder, options.strict());
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
       p.set_requires_grad(options.is_trainable());

@@ -144,6 +144,9 @@ inline std::vector<std::string> expand_subsets(const BitFitOptions& options) {
   }
   TORCH_CHECK_VALUE(
       !result.empty(), "peft: BitFit needs at least one set of biases");
+  if (std::find(result.begin(), result.end(), "all") != result.end()) {
+    return {"all"};
+  }
   return result;
 }
 
@@ -182,10 +185,14 @@ inline Plan plan(const BitFitOptions& options, const Network& network) {
           continue;
         }
         found = true;
-        const auto planned = [&](const PlannedSite& site) {
-          return site.parameter == layer.path(key) && !part;
-        };
-        if (std::any_of(result.sites.begin(), result.sites.end(), planned)) {
+        const std::string name = part ? key + "." + subset : key;
+        const bool planned = std::any_of(
+            result.sites.begin(), result.sites.end(), [&](const auto& site) {
+              const auto file_name = site.delta->file_tensors().front().first;
+              return site.parameter == layer.path(key) &&
+                  (file_name == key || file_name == name);
+            });
+        if (planned) {
           continue; // named by two subsets
         }
         PlannedSite site = plan_copy(layer, key);
@@ -196,7 +203,7 @@ inline Plan plan(const BitFitOptions& options, const Network& network) {
                    : subset == "key" ? 1
                                      : 2);
           site.delta = std::make_shared<TrainedCopy>(
-              base(p.second), key + "." + subset, Rows{begin, begin + third});
+              base(p.second), name, Rows{begin, begin + third});
         }
         result.sites.push_back(std::move(site));
       }
@@ -242,6 +249,7 @@ class BitFitImpl : public ExplicitLayer<Base, BitFitImpl<Base>> {
         " has none");
     bias = this->base_layer->bias;
     register_own();
+    this->freeze_base();
   }
 
   /// y = W x + b'.

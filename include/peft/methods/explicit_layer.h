@@ -40,7 +40,6 @@ class ExplicitLayer : public torch::nn::Cloneable<Derived> {
       base_layer = std::make_shared<Base>(layer);
     }
     this->register_module("base_layer", base_layer);
-    freeze_base();
   }
 
   /// The base layer alone while merged or disabled.
@@ -113,14 +112,18 @@ class ExplicitLayer : public torch::nn::Cloneable<Derived> {
   /// The frozen layer.
   std::shared_ptr<Base> base_layer;
 
- private:
-  Derived& self() {
-    return static_cast<Derived&>(*this);
-  }
+ protected:
+  /// Called last by the constructors: a layer is frozen only once it is sure to
+  /// be wrapped.
   void freeze_base() {
     for (auto& p : base_layer->parameters()) {
       p.set_requires_grad(false);
     }
+  }
+
+ private:
+  Derived& self() {
+    return static_cast<Derived&>(*this);
   }
   Tensor guarded(Tensor y) {
     if (at::GradMode::is_enabled()) {

@@ -3,6 +3,7 @@
 #include <peft/core/attach.h>
 #include <peft/core/trained_copy.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -36,8 +37,15 @@ inline void plan_modules_to_save(
       }
       for (const auto& p : layer.parameters) {
         if (p.second.defined() && p.second.is_floating_point()) {
-          sites.push_back(plan_copy(layer, p.first));
           found = true;
+          const std::string path = layer.path(p.first);
+          const bool planned =
+              std::any_of(sites.begin(), sites.end(), [&](const auto& site) {
+                return site.parameter == path && site.delta->replaces_base();
+              });
+          if (!planned) { // named by two entries
+            sites.push_back(plan_copy(layer, p.first));
+          }
         }
       }
     }

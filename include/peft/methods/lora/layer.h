@@ -92,6 +92,9 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
       const LoraOptions& options_ = LoraOptions())
       : ExplicitLayer<Base, LoraImpl<Base>>(layer), options(options_) {
     detail::check(options);
+    TORCH_CHECK_VALUE(
+        !options.lora_bias() && !options.fan_in_fan_out(),
+        "peft: an explicit layer takes neither lora_bias nor fan_in_fan_out");
     Layer description;
     description.parameters = {{"weight", this->base_layer->weight}};
     detail::describe_layer(*this->base_layer, description);
@@ -118,6 +121,7 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
     lora_A = delta_->lora_A;
     lora_B = delta_->lora_B;
     register_own();
+    this->freeze_base();
   }
 
   /// h = W x + b + s · B A drop(x).

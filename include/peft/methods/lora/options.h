@@ -79,6 +79,23 @@ inline void check(const LoraOptions& options) {
         "'] must be a positive integer, got ",
         rank);
   }
+  for (const auto& [pattern, alpha] : options.alpha_pattern()) {
+    TORCH_CHECK_VALUE(
+        std::isfinite(alpha),
+        "peft: alpha_pattern['",
+        pattern,
+        "'] must be finite, got ",
+        alpha);
+  }
+  for (const auto* patterns :
+       {&options.rank_pattern(), &options.alpha_pattern()}) {
+    for (const auto& item : *patterns) {
+      check_regex(item.first, "rank_pattern or alpha_pattern");
+    }
+  }
+  for (const auto& pattern : options.layers_pattern()) {
+    check_regex(pattern, "layers_pattern");
+  }
   const auto& init = options.init();
   TORCH_CHECK_VALUE(
       init == "gaussian" || init == "kaiming" || init == "random" ||

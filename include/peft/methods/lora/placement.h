@@ -159,7 +159,10 @@ class LoraPlanner {
       return;
     }
     if (layer.kind == LayerKind::attention) {
-      plan_attention(layer, {true, false, true});
+      const auto& chosen = options_.enable_lora();
+      plan_attention(
+          layer,
+          chosen.empty() ? std::vector<bool>{true, false, true} : chosen);
     } else if (is_query_or_value(layer)) {
       plan_weight(layer, "weight");
     }
