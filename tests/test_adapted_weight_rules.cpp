@@ -10,6 +10,8 @@
 #include <ATen/functorch/PlumbingHelper.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/jit/api/compilation_unit.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/frontend/sugared_value.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/nn/parallel/data_parallel.h>
 #include <torch/script.h>
@@ -366,9 +368,11 @@ TEST_CASE("a base that requires grad gets its gradient, its hooks and its step")
       const Tensor E = enabled ? W + 2 * at::mm(a.B, a.A) : W;
       const Tensor y = use.of(a.w(), a.linear->bias), expected = use.of(E, b);
       CHECK(close(y, expected));
-      CHECK(all_close(
-          gradients(y, {a.linear->weight, a.linear->bias, a.A, a.B}),
-          gradients(expected, {W, b, a.A, a.B})));
+      auto found = gradients(y, {a.linear->weight, a.linear->bias, a.A, a.B});
+      for (auto& g : found) { // no more exact than what was computed in
+        g = g.defined() ? g.to(y.scalar_type()) : g;
+      }
+      CHECK(all_close(found, gradients(expected, {W, b, a.A, a.B})));
       use.of(a.w(), a.linear->bias).sum().backward();
       CHECK(hooks == 2);
       REQUIRE(a.w().grad().defined());
@@ -480,6 +484,18 @@ TEST_CASE("attach inside inference mode makes an adapter that can train") {
 // ~~~~ Other ways to run ~~~~
 
 namespace {
+
+/// The script frontend of C++ has no word for fork.
+struct ForkResolver : torch::jit::NativeResolver {
+  std::shared_ptr<torch::jit::SugaredValue> resolveValue(
+      const std::string& name,
+      torch::jit::GraphFunction& m,
+      const torch::jit::SourceRange& loc) override {
+    return name == "fork"
+        ? torch::jit::SpecialFormValue::create(c10::prim::fork)
+        : torch::jit::NativeResolver::resolveValue(name, m, loc);
+  }
+};
 
 torch::jit::Module script_of(const nn::Linear& linear) {
   torch::jit::Module module("m");
@@ -597,20 +613,24 @@ TEST_CASE("TorchScript: what save, copy, clone and freeze hold") {
     CHECK(close(best.forward({x}).toTensor(), y));
   }
   SECTION("a forked task sees the adapter and the scope") {
-    const auto unit = torch::jit::compile(R"(
+    torch::jit::CompilationUnit unit;
+    unit.define(
+        std::nullopt,
+        R"(
 def product(x, w):
     return torch.matmul(x, w.t())
 
 def run(x, w):
-    task = fork(product, x, w)
-    return wait(task)
-)");
+    return torch.wait(fork(product, x, w))
+)",
+        std::make_shared<ForkResolver>(),
+        nullptr);
     CHECK(close(
-        unit->run_method("run", x, a.w()).toTensor(),
+        unit.run_method("run", x, a.w()).toTensor(),
         at::matmul(x, a.value().t())));
     const peft::ActiveAdapters none({});
     CHECK(close(
-        unit->run_method("run", x, a.w()).toTensor(), at::matmul(x, a.W.t())));
+        unit.run_method("run", x, a.w()).toTensor(), at::matmul(x, a.W.t())));
   }
 }
 
@@ -1144,6 +1164,7 @@ TEST_CASE("attaching to a view of an adapted weight is refused") {
   view->weight = a.w().narrow(0, 0, 3);
   const std::string error =
       error_of([&] { peft::attach(*view, adapted::acting()); });
+  INFO(error);
   CHECK(contains(error, "view"));
   CHECK(close(a.w() + 0, a.value()));
 }
@@ -1324,8 +1345,9 @@ TEST_CASE("nothing outlives the model") {
   std::weak_ptr<peft::detail::Site> site;
   std::weak_ptr<peft::Delta> delta;
   std::weak_ptr<peft::detail::AdapterState> state;
-  c10::weak_intrusive_ptr<c10::TensorImpl> weight{
-      c10::intrusive_ptr<c10::TensorImpl>()};
+  // Not a weak pointer to the tensor: that alone would keep its tag in memory.
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage{
+      c10::intrusive_ptr<c10::StorageImpl>()};
   peft::Adapter handle;
   {
     Adapted a;
@@ -1333,14 +1355,13 @@ TEST_CASE("nothing outlives the model") {
     site = record.site;
     delta = record.delta;
     state = a.adapter.shared_state();
-    weight = c10::weak_intrusive_ptr<c10::TensorImpl>(
-        a.w().getIntrusivePtr());
+    storage = a.w().storage().getWeakStorageImpl();
     a.linear(draw({3, 4})).sum().backward();
     (void)a.w().narrow(0, 0, 2).t();
     (void)a.w().to(torch::kFloat);
     handle = a.adapter;
   }
-  CHECK(weight.expired());
+  CHECK(storage.expired());
   CHECK(site.expired());
   CHECK(!state.expired());
   CHECK(contains(error_of([&] { handle.merge(); }), "no longer exists"));
