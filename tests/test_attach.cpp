@@ -1,5 +1,6 @@
 /// attach and the Adapter handle: several adapters, switches, what LibTorch's
-/// own functions see, copies, files, and that errors leave everything as it was.
+/// own functions see, copies, files, and that errors leave everything as it
+/// was.
 
 #include "adapted.h"
 #include "model_state.h"
@@ -78,9 +79,8 @@ TEST_CASE("the handle of an adapter") {
   CHECK(adapter.scale() == 1);
 
   // In the model the tensors are named after the weights.
-  CHECK(
-      model.named_parameters()["peft.style.head.weight.lora_B"].is_same(
-          adapter.parameters()[3]));
+  CHECK(model.named_parameters()["peft.style.head.weight.lora_B"].is_same(
+      adapter.parameters()[3]));
   CHECK(peft::is_adapted(model.fc1->weight));
   CHECK_FALSE(peft::is_adapted(model.fc1->bias));
   CHECK_FALSE(peft::is_adapted(model.fc2->weight));
@@ -156,7 +156,8 @@ TEST_CASE("names of adapters") {
     CHECK(same_state(state_of(model), before));
   }
   // Names that are parts of others, of modules and of parameters.
-  for (const char* name : {"on", "fc1", "weight", "lora_A", "peft", "0", "a b"}) {
+  for (const char* name :
+       {"on", "fc1", "weight", "lora_A", "peft", "0", "a b"}) {
     INFO(name);
     auto adapter = peft::attach(model, acting("fc1"), name);
     CHECK(peft::get_adapter(model, name).name() == name);
@@ -256,7 +257,8 @@ TEST_CASE("gradients of several adapters do not touch each other") {
   model.zero_grad();
   model.forward(x).sum().backward();
   for (const auto& p : one.parameters()) {
-    CHECK((!p.grad().defined() || p.grad().count_nonzero().item<int64_t>() == 0));
+    CHECK(
+        (!p.grad().defined() || p.grad().count_nonzero().item<int64_t>() == 0));
   }
   for (const auto& p : two.parameters()) {
     CHECK(p.grad().count_nonzero().item<int64_t>() > 0);
@@ -289,8 +291,7 @@ TEST_CASE("ActiveAdapters choose for one thread and one scope") {
         ActiveAdapters none({});
         CHECK(equal_bits(out(), base));
         CHECK(equal_bits(
-            peft::effective(model.fc1->weight),
-            peft::base(model.fc1->weight)));
+            peft::effective(model.fc1->weight), peft::base(model.fc1->weight)));
       }
       CHECK(equal_bits(out(), with_one));
 
@@ -305,11 +306,10 @@ TEST_CASE("ActiveAdapters choose for one thread and one scope") {
   CHECK(same_state(state_of(model), before));
 
   // The scope goes with an exception too.
-  CHECK(
-      error_of([&] {
-        ActiveAdapters none({});
-        TORCH_CHECK(false, "out");
-      }) != "");
+  CHECK(error_of([&] {
+          ActiveAdapters none({});
+          TORCH_CHECK(false, "out");
+        }) != "");
   CHECK(equal_bits(out(), with_two));
 
   // Backward runs on other threads, after the scope: it needs no choice.
@@ -327,8 +327,7 @@ TEST_CASE("ActiveAdapters choose for one thread and one scope") {
   for (size_t i = 0; i < wrong.size(); ++i) {
     threads.emplace_back([&, i] {
       torch::NoGradGuard no_grad;
-      const std::vector<Names> choices{
-          {"one"}, {"two"}, {"one", "two"}, {}};
+      const std::vector<Names> choices{{"one"}, {"two"}, {"one", "two"}, {}};
       const Tensor expected[] = {with_one, with_two, with_both, base};
       for (size_t k = 0; k < 50; ++k) {
         const size_t j = (i + k) % 4;
@@ -476,7 +475,8 @@ TEST_CASE("adapters on a submodule and on the root") {
     CHECK(
         peft::count_parameters(model).trainable ==
         root.num_parameters() + inner.num_parameters());
-    const auto& block = *model.encoder->blocks->ptr(0)->as<networks::BlockImpl>();
+    const auto& block =
+        *model.encoder->blocks->ptr(0)->as<networks::BlockImpl>();
     CHECK(close(
         peft::effective(block.query->weight),
         peft::base(block.query->weight) + change(root) + change(inner)));
@@ -540,13 +540,14 @@ TEST_CASE("a failing load leaves the model as it was") {
 
   const auto file = path + "/adapter_model.safetensors";
   const auto tensors = peft::load_safetensors(file);
-  const auto rewrite = [&](const std::function<void(
-                               std::map<std::string, Tensor>&)>& edit) {
-    std::map<std::string, Tensor> copy(tensors.begin(), tensors.end());
-    edit(copy);
-    std::vector<std::pair<std::string, Tensor>> list(copy.begin(), copy.end());
-    peft::save_safetensors(list, file);
-  };
+  const auto rewrite =
+      [&](const std::function<void(std::map<std::string, Tensor>&)>& edit) {
+        std::map<std::string, Tensor> copy(tensors.begin(), tensors.end());
+        edit(copy);
+        std::vector<std::pair<std::string, Tensor>> list(
+            copy.begin(), copy.end());
+        peft::save_safetensors(list, file);
+      };
   const std::string key = "base_model.model.fc2.lora_B.weight";
   struct Row {
     std::string name;
@@ -598,7 +599,10 @@ TEST_CASE("a failing load leaves the model as it was") {
        narrow,
        "new",
        path,
-       {"fc1.lora_A.weight", "fc2.lora_B.weight", "more", "nothing was loaded"}},
+       {"fc1.lora_A.weight",
+        "fc2.lora_B.weight",
+        "more",
+        "nothing was loaded"}},
       {"a file cut short",
        [&] { std::ofstream(file, std::ios::binary) << "12345678"; },
        model,
@@ -659,13 +663,13 @@ TEST_CASE("peft::clone is a deep copy with its adapters") {
   CHECK(equal_bits(copy->forward(x), y));
   CHECK(flags(*copy) == flags(*model));
   CHECK_FALSE(copy->is_training());
-  const auto theirs = copy->named_parameters(), ours = model->named_parameters();
+  const auto theirs = copy->named_parameters(),
+             ours = model->named_parameters();
   REQUIRE(theirs.size() == ours.size());
   for (const auto& p : theirs) {
     INFO(p.key());
     CHECK_FALSE(p.value().is_alias_of(ours[p.key()]));
-    CHECK(
-        equal_bits(peft::base(p.value()), peft::base(ours[p.key()])));
+    CHECK(equal_bits(peft::base(p.value()), peft::base(ours[p.key()])));
   }
   auto their_one = peft::get_adapter(*copy, "one");
   CHECK(their_one.scale() == 0.5);
@@ -744,8 +748,7 @@ TEST_CASE("LibTorch's own clone and load of a plain archive are loud") {
   nn::Linear linear(4, 3);
   peft::attach(*linear, acting());
   CHECK(contains(
-      error_of([&] { linear->clone(); }),
-      "the same number of child modules"));
+      error_of([&] { linear->clone(); }), "the same number of child modules"));
   CHECK(same_state(state_of(*model), before));
   CHECK(equal_bits(model->forward(x), y));
   CHECK(error_of([&] { torch::load(model, folder / "plain.pt"); }) != "");
@@ -776,16 +779,14 @@ TEST_CASE("torch::save and torch::load of an adapted model") {
   CHECK(equal_bits(other->forward(x), model->forward(x)));
   CHECK(peft::is_adapted(weight_of(other, 0)));
   CHECK(equal_bits(
-      same.parameters()[0],
-      peft::get_adapter(*model, "one").parameters()[0]));
+      same.parameters()[0], peft::get_adapter(*model, "one").parameters()[0]));
   same.detach();
   CHECK(equal_bits(
       weight_of(other, 0), peft::base(weight_of(model, 0)).detach()));
 
   auto different = two_layers();
   peft::attach(*different, acting("0"), "another");
-  CHECK(
-      error_of([&] { torch::load(different, folder / "adapted.pt"); }) != "");
+  CHECK(error_of([&] { torch::load(different, folder / "adapted.pt"); }) != "");
 }
 
 TEST_CASE("effective, base, freeze") {
@@ -826,8 +827,7 @@ TEST_CASE("the summary of a model") {
   const std::string first =
       "adapter 'one' (LORA): 52 parameters at 1 sites\n"
       "  fc1  [16, 10]          lora r=2               52\n";
-  CHECK(
-      peft::summary(model) == "trainable 52 of 471 (11.04 %)\n" + first);
+  CHECK(peft::summary(model) == "trainable 52 of 471 (11.04 %)\n" + first);
   auto two = peft::attach(
       model, peft::BitFitOptions().modules_to_save({"head"}), "two");
   two.set_scale(0.5);

@@ -103,9 +103,7 @@ TEST_CASE("each word of BitFit on BERT") {
       {BitFitOptions({"intermediate", "query", "query_intermediate"}),
        join({query, intermediate}),
        2 * 5 * d},
-      {BitFitOptions({"key", "layer_norm"}),
-       join({key, norms}),
-       2 * 3 * d + d},
+      {BitFitOptions({"key", "layer_norm"}), join({key, norms}), 2 * 3 * d + d},
       // 11 d a layer, the embeddings' norm, the pooler, the head
       {BitFitOptions(), all, 2 * 11 * d + d + d + 2},
       {BitFitOptions({"all", "query"}), all, 2 * 11 * d + d + d + 2},
@@ -323,12 +321,11 @@ TEST_CASE("several BitFit adapters, and BitFit beside LoRA") {
   const Tensor with_one = model.forward(x).detach();
   auto two = peft::attach(model, BitFitOptions(), "two");
   // A copy starts from the base's own value, not from another's copy.
-  CHECK(equal_bits(two.named_parameters()["fc1.bias"], peft::base(model.fc1->bias)));
+  CHECK(equal_bits(
+      two.named_parameters()["fc1.bias"], peft::base(model.fc1->bias)));
   randomise(two, 2);
   auto lora = peft::attach(
-      model,
-      LoraOptions(2).targets({"fc1", "fc2"}).init("random"),
-      "lora");
+      model, LoraOptions(2).targets({"fc1", "fc2"}).init("random"), "lora");
 
   const auto only = [&](const Names& names) {
     peft::ActiveAdapters scope(names);
@@ -346,10 +343,10 @@ TEST_CASE("several BitFit adapters, and BitFit beside LoRA") {
     auto& delta = adapted::lora(lora, site);
     return 4 * at::mm(delta.lora_B, delta.lora_A);
   };
-  const Tensor h1 = torch::tanh(at::linear(
-      x, peft::base(model.fc1->weight) + weight(0), b["fc1.bias"]));
-  const Tensor h2 = torch::tanh(at::linear(
-      h1, peft::base(model.fc2->weight) + weight(1), b["fc2.bias"]));
+  const Tensor h1 = torch::tanh(
+      at::linear(x, peft::base(model.fc1->weight) + weight(0), b["fc1.bias"]));
+  const Tensor h2 = torch::tanh(
+      at::linear(h1, peft::base(model.fc2->weight) + weight(1), b["fc2.bias"]));
   const Tensor both = at::linear(h2, model.head->weight, b["head.bias"]);
   CHECK(close(only({"one", "lora"}), both));
   CHECK(close(only({"lora", "one"}), both));
@@ -385,8 +382,8 @@ TEST_CASE("BitFit files name biases as HF names parameters") {
   TemporaryDirectory folder;
   peft::save(adapter, folder / "adapter");
 
-  const auto file = peft::load_safetensors(
-      folder / "adapter/adapter_model.safetensors");
+  const auto file =
+      peft::load_safetensors(folder / "adapter/adapter_model.safetensors");
   CHECK(file.size() == adapter.parameters().size());
   for (const auto& item : adapter.named_parameters()) {
     INFO(item.key());

@@ -158,8 +158,7 @@ void bitfit_as_attach(
     explicit_layer->bias.normal_();
     adapter.parameters()[0].copy_(explicit_layer->bias);
   }
-  same_bits(
-      explicit_layer, attached, adapter, {explicit_layer->bias}, inputs);
+  same_bits(explicit_layer, attached, adapter, {explicit_layer->bias}, inputs);
 }
 
 } // namespace
@@ -189,8 +188,7 @@ TEST_CASE("Lora<Linear> is attach, bit for bit") {
 
 TEST_CASE("Lora<Embedding> is attach, bit for bit") {
   const std::vector<Tensor> inputs{
-      torch::tensor({1, 4, 4, 0}),
-      torch::tensor({{1, 2, 6}, {6, 6, 0}})};
+      torch::tensor({1, 4, 4, 0}), torch::tensor({{1, 2, 6}, {6, 6, 0}})};
   struct Row {
     std::string name;
     nn::EmbeddingOptions options;
@@ -272,8 +270,7 @@ TEST_CASE("Lora<Conv> is attach, bit for bit") {
         x);
     same_as_attach(
         "replicate, groups",
-        nn::Conv3d(
-            conv().padding(1).groups(2).padding_mode(torch::kReplicate)),
+        nn::Conv3d(conv().padding(1).groups(2).padding_mode(torch::kReplicate)),
         options,
         x);
     same_as_attach(
@@ -295,13 +292,12 @@ TEST_CASE("BitFit<Layer> is attach, bit for bit") {
     bitfit_as_attach("layer norm", norm, {torch::randn({2, 4, 6}).to(dtype)});
     nn::GroupNorm groups(nn::GroupNormOptions(2, 6));
     groups->to(dtype);
-    bitfit_as_attach(
-        "group norm", groups, {torch::randn({2, 6, 5}).to(dtype)});
+    bitfit_as_attach("group norm", groups, {torch::randn({2, 6, 5}).to(dtype)});
     nn::Conv2d conv(nn::Conv2dOptions(4, 6, 3).groups(2).padding(1));
     conv->to(dtype);
     bitfit_as_attach("conv", conv, {torch::randn({2, 4, 5, 5}).to(dtype)});
-    nn::Conv2d circular(nn::Conv2dOptions(4, 6, 3).padding(1).padding_mode(
-        torch::kCircular));
+    nn::Conv2d circular(
+        nn::Conv2dOptions(4, 6, 3).padding(1).padding_mode(torch::kCircular));
     circular->to(dtype);
     bitfit_as_attach(
         "circular", circular, {torch::randn({2, 4, 5, 5}).to(dtype)});
@@ -313,8 +309,7 @@ TEST_CASE("an explicit layer from options, and around a layer") {
   peft::Lora<nn::Linear> fresh(nn::LinearOptions(6, 4), LoraOptions(2));
   CHECK(
       fresh->named_parameters().keys() ==
-      Names{
-          "lora_A", "lora_B", "base_layer.weight", "base_layer.bias"});
+      Names{"lora_A", "lora_B", "base_layer.weight", "base_layer.bias"});
   CHECK(peft::trainable_parameters(*fresh).size() == 2);
   CHECK(fresh->scaling == 8. / 2);
   const Tensor x = torch::randn({3, 6});
@@ -410,8 +405,8 @@ TEST_CASE("a clone of an explicit layer keeps its switches") {
   peft::Lora<nn::Linear> layer(
       nn::LinearOptions(6, 4), LoraOptions(2).init("random"));
   const auto cloned = [&] {
-    return std::dynamic_pointer_cast<
-        peft::LoraImpl<nn::LinearImpl>>(layer->clone());
+    return std::dynamic_pointer_cast<peft::LoraImpl<nn::LinearImpl>>(
+        layer->clone());
   };
   const Tensor W = layer->base_layer->weight.detach().clone();
   layer->lora_A.set_requires_grad(false);
@@ -443,8 +438,7 @@ TEST_CASE("explicit layers refuse what cannot be right") {
         error_of([&] { peft::Lora<nn::Linear> layer(empty, LoraOptions(2)); }),
         "peft: the layer to wrap is an empty holder"));
     CHECK(contains(
-        error_of([&] { peft::BitFit<nn::Linear> layer(bare); }),
-        "has none"));
+        error_of([&] { peft::BitFit<nn::Linear> layer(bare); }), "has none"));
     CHECK(contains(
         error_of(
             [&] { peft::Lora<nn::Embedding> layer(renormed, LoraOptions(2)); }),

@@ -77,9 +77,8 @@ TEST_CASE("LoRA refuses options that make no sense") {
         error_of([&] { peft::attach(*linear, row.options); }), row.part));
     CHECK(same_state(state_of(*linear), before));
     CHECK(contains(
-        error_of([&] {
-          peft::Lora<torch::nn::Linear> layer(linear, row.options);
-        }),
+        error_of(
+            [&] { peft::Lora<torch::nn::Linear> layer(linear, row.options); }),
         row.part));
     CHECK(same_state(state_of(*linear), before));
   }
@@ -211,16 +210,14 @@ TEST_CASE("the update is alpha / r, or alpha / sqrt(r), times B A") {
     linear->to(torch::kDouble);
     const Tensor W = linear->weight.detach().clone();
     auto options = row.options;
-    auto adapter =
-        peft::attach(*linear, options.targets("").init("random"));
+    auto adapter = peft::attach(*linear, options.targets("").init("random"));
     const Tensor A = lora(adapter).lora_A, B = lora(adapter).lora_B;
     CHECK(A.scalar_type() == torch::kDouble); // as precise as the base
-    CHECK(close(
-        peft::effective(linear->weight), W + row.scaling * at::mm(B, A)));
+    CHECK(
+        close(peft::effective(linear->weight), W + row.scaling * at::mm(B, A)));
     adapter.set_scale(0.5);
     CHECK(close(
-        peft::effective(linear->weight),
-        W + 0.5 * row.scaling * at::mm(B, A)));
+        peft::effective(linear->weight), W + 0.5 * row.scaling * at::mm(B, A)));
   }
 }
 
@@ -243,8 +240,7 @@ TEST_CASE("how A and B start") {
     CHECK(B.count_nonzero().item<int64_t>() == 0);
     const double sigma = 1. / r;
     CHECK(std::abs(A.mean().item<double>()) < 4 * sigma / std::sqrt(n));
-    CHECK(
-        std::abs(A.std().item<double>() / sigma - 1) < 4 / std::sqrt(2 * n));
+    CHECK(std::abs(A.std().item<double>() / sigma - 1) < 4 / std::sqrt(2 * n));
     const double kurtosis =
         (A / sigma).pow(4).mean().item<double>(); // 3, variance 96 / n
     CHECK(std::abs(kurtosis - 3) < 4 * std::sqrt(96 / n));
@@ -362,9 +358,7 @@ TEST_CASE("which biases and modules train beside LoRA") {
   };
   const std::vector<Row> rows{
       {"none", options(), factors},
-      {"lora_only",
-       options().bias("lora_only"),
-       with({"fc1.base_layer.bias"})},
+      {"lora_only", options().bias("lora_only"), with({"fc1.base_layer.bias"})},
       {"all",
        options().bias("all"),
        with({"fc1.base_layer.bias", "fc2.bias", "head.bias"})},
@@ -373,8 +367,7 @@ TEST_CASE("which biases and modules train beside LoRA") {
        with({"head.weight", "head.bias"})},
       {"all, and the head only once",
        options().bias("all").modules_to_save({"head"}),
-       with(
-           {"fc1.base_layer.bias", "fc2.bias", "head.weight", "head.bias"})},
+       with({"fc1.base_layer.bias", "fc2.bias", "head.weight", "head.bias"})},
       {"the head named twice",
        options().modules_to_save({"head", "head"}),
        with({"head.weight", "head.bias"})},
@@ -403,8 +396,7 @@ TEST_CASE("which biases and modules train beside LoRA") {
       b1 = b1 + s * values["fc1.lora_B.bias"];
     }
     const Tensor W1 = peft::base(model.fc1->weight) +
-        s *
-            at::mm(values["fc1.lora_B.weight"], values["fc1.lora_A.weight"]);
+        s * at::mm(values["fc1.lora_B.weight"], values["fc1.lora_A.weight"]);
     const Tensor h = torch::tanh(at::linear(
         torch::tanh(at::linear(x, W1, b1)),
         model.fc2->weight,
@@ -453,8 +445,7 @@ TEST_CASE("q, k and v of a packed projection can be chosen") {
       attention->to(torch::kDouble);
       const Tensor W = attention->in_proj_weight.detach().clone();
       auto adapter = peft::attach(
-          *attention,
-          LoraOptions(options).targets(target).enable_lora(chosen));
+          *attention, LoraOptions(options).targets(target).enable_lora(chosen));
       REQUIRE(adapter.sites().size() == 1);
       CHECK(adapter.num_parameters() == count * r * 2 * width);
       CHECK(lora(adapter).r() == r);
@@ -503,14 +494,12 @@ TEST_CASE("q, k and v of a packed projection can be chosen") {
     torch::nn::MultiheadAttention attention(width, 2);
     auto adapter = peft::attach(*attention, LoraOptions(r));
     CHECK(
-        lora(adapter).config().enabled ==
-        std::vector<bool>{true, false, true});
+        lora(adapter).config().enabled == std::vector<bool>{true, false, true});
     adapter.detach();
     adapter = peft::attach(
         *attention, LoraOptions(r).enable_lora({true, true, false}));
     CHECK(
-        lora(adapter).config().enabled ==
-        std::vector<bool>{true, true, false});
+        lora(adapter).config().enabled == std::vector<bool>{true, true, false});
   }
   SECTION("separate projections") {
     torch::nn::MultiheadAttention attention(
@@ -576,8 +565,8 @@ TEST_CASE("LoRA on a grouped convolution") {
     auto conv = make();
     conv->to(torch::kDouble);
     const Tensor W = conv->weight.detach().clone();
-    auto adapter = peft::attach(
-        *conv, LoraOptions(6).alpha(3).targets("").init("random"));
+    auto adapter =
+        peft::attach(*conv, LoraOptions(6).alpha(3).targets("").init("random"));
     const Tensor A = lora(adapter).lora_A, B = lora(adapter).lora_B;
     std::vector<Tensor> groups;
     for (int64_t g = 0; g < 3; ++g) {
@@ -735,15 +724,11 @@ TEST_CASE("training by attach is training by hand") {
                            const Tensor& input,
                            const Tensor& A,
                            const Tensor& B) {
-      return at::linear(
-                 input,
-                 peft::base(base->weight),
-                 base->bias) +
+      return at::linear(input, peft::base(base->weight), base->bias) +
           8. / 4 * at::linear(at::linear(input, A), B);
     };
     const auto by_hand = [&] {
-      const Tensor h =
-          torch::tanh(layer(model.fc1, x, factors[0], factors[1]));
+      const Tensor h = torch::tanh(layer(model.fc1, x, factors[0], factors[1]));
       return model.head(
           torch::tanh(layer(model.fc2, h, factors[2], factors[3])));
     };

@@ -36,10 +36,9 @@ std::vector<Kind> kinds(torch::ScalarType dtype) {
                        auto output) {
     layer->to(dtype);
     const Tensor x = input.is_floating_point() ? input.to(dtype) : input;
-    result.push_back(
-        {name, layer.ptr(), [layer, x, output]() mutable {
-           return output(layer, x);
-         }});
+    result.push_back({name, layer.ptr(), [layer, x, output]() mutable {
+                        return output(layer, x);
+                      }});
   };
   const auto forward = [](auto& layer, const Tensor& x) {
     return layer->forward(x);
@@ -65,7 +64,10 @@ std::vector<Kind> kinds(torch::ScalarType dtype) {
       nn::Conv3d(nn::Conv3dOptions(2, 4, 2)),
       torch::randn({2, 2, 3, 4, 4}),
       forward);
-  add("attention", nn::MultiheadAttention(8, 2), torch::randn({5, 2, 8}), itself);
+  add("attention",
+      nn::MultiheadAttention(8, 2),
+      torch::randn({5, 2, 8}),
+      itself);
   if (dtype == torch::kFloat || dtype == torch::kDouble) {
     add("lstm", nn::LSTM(6, 5), torch::randn({4, 2, 6}), first);
     add("gru", nn::GRU(6, 5), torch::randn({4, 2, 6}), first);
@@ -239,11 +241,10 @@ TEST_CASE("peft::merge leaves the plain network and its operators") {
   auto three = peft::attach(*model, peft::BitFitOptions({"query"}), "three");
   randomise(one);
   const Tensor y = forward();
-  CHECK_FALSE(equal_bits(
-      y, [&] {
-        peft::ActiveAdapters none({});
-        return forward();
-      }()));
+  CHECK_FALSE(equal_bits(y, [&] {
+    peft::ActiveAdapters none({});
+    return forward();
+  }()));
   CHECK(adapted::operator_names(forward) != operators);
 
   two.merge(); // some may be merged already
@@ -290,8 +291,7 @@ TEST_CASE("values that are not finite are refused with nothing changed") {
     model.to(row.dtype);
     const auto plain = bases(model);
     auto good = peft::attach(model, acting({"fc1", "head"}), "good");
-    auto bad = peft::attach(
-        model, acting({"fc1", "head"}).bias("all"), "bad");
+    auto bad = peft::attach(model, acting({"fc1", "head"}).bias("all"), "bad");
     {
       torch::NoGradGuard no_grad;
       randomise(bad);
@@ -338,12 +338,12 @@ TEST_CASE("what cannot be done while merged, or twice") {
       {"detach", "'one' is merged; unmerge() before", [&] { one.detach(); }},
       {"disable", "cannot be disabled", [&] { one.disable(); }},
       {"scale", "unmerge() before changing", [&] { one.set_scale(2); }},
-      {"unmerge of the other",
-       "'two' is not merged",
-       [&] { two.unmerge(); }},
+      {"unmerge of the other", "'two' is not merged", [&] { two.unmerge(); }},
       {"another adapter there",
        "'one' is merged at 'fc2.weight'",
-       [&] { peft::attach(model, acting({"head", "fc2"}), "three"); }},
+       [&] {
+         peft::attach(model, acting({"head", "fc2"}), "three");
+       }},
       {"a choice without it",
        "'one' is merged into the base and cannot be left out",
        [&] {
@@ -500,8 +500,7 @@ TEST_CASE("deltas that are not sums merge in the order they act") {
   nn::Linear linear(6, 4);
   const Tensor x = torch::randn({3, 6});
   auto copy = peft::attach(*linear, peft::BitFitOptions(), "copy");
-  auto shift = peft::attach(
-      *linear, acting().lora_bias(true), "shift");
+  auto shift = peft::attach(*linear, acting().lora_bias(true), "shift");
   randomise(copy);
   randomise(shift);
   torch::NoGradGuard no_grad;

@@ -102,10 +102,8 @@ TEST_CASE("targets are written as a user writes them") {
 
   // The setters take all of these without naming the class.
   CHECK(LoraOptions().targets("a").targets().names() == Names{"a"});
-  CHECK(
-      LoraOptions().targets({"a", "b"}).targets().names() == Names{"a", "b"});
-  CHECK(
-      LoraOptions().exclude({"a", "b"}).exclude().names() == Names{"a", "b"});
+  CHECK(LoraOptions().targets({"a", "b"}).targets().names() == Names{"a", "b"});
+  CHECK(LoraOptions().exclude({"a", "b"}).exclude().names() == Names{"a", "b"});
   CHECK(
       LoraOptions().modules_to_save({"a", "b"}).modules_to_save() ==
       Names{"a", "b"});
@@ -114,7 +112,12 @@ TEST_CASE("targets are written as a user writes them") {
 TEST_CASE("what each kind of target means on BERT") {
   auto model = small_bert();
   const Names linear{
-      kQuery, kKey, kValue, kAttentionOut, "intermediate.dense", "output.dense"};
+      kQuery,
+      kKey,
+      kValue,
+      kAttentionOut,
+      "intermediate.dense",
+      "output.dense"};
   Names all = in_layers({0, 1}, linear);
   all.push_back("bert.pooler.dense.weight");
   all.push_back("classifier.weight");
@@ -277,16 +280,14 @@ TEST_CASE("the root and single parameters") {
     torch::nn::LSTM lstm(torch::nn::LSTMOptions(4, 5).num_layers(2));
     CHECK(
         adapted_by(*lstm, LoraOptions(2).targets("")) ==
-        Names{
-            "weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"});
+        Names{"weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"});
     CHECK(
         adapted_by(*lstm, LoraOptions(2).targets({"weight_hh_l1"})) ==
         Names{"weight_hh_l1"});
   }
   SECTION("packed attention") {
     networks::Attention model(false);
-    CHECK(
-        adapted_by(model, LoraOptions(2)) == Names{"attn.in_proj_weight"});
+    CHECK(adapted_by(model, LoraOptions(2)) == Names{"attn.in_proj_weight"});
     CHECK(
         adapted_by(model, LoraOptions(2).targets("attn")) ==
         Names{"attn.in_proj_weight", "attn.out_proj.weight"});
@@ -413,8 +414,7 @@ TEST_CASE("a target that means nothing is an error that helps") {
   for (const auto& row : rows) {
     INFO(row.name);
     const auto before = state_of(row.model);
-    const auto error =
-        error_of([&] { peft::attach(row.model, row.options); });
+    const auto error = error_of([&] { peft::attach(row.model, row.options); });
     INFO(error);
     CHECK(contains(error, "peft: "));
     for (const auto& part : row.parts) {
