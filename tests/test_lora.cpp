@@ -546,6 +546,15 @@ TEST_CASE("fan_in_fan_out: the weight is [in, out]") {
   }
 }
 
+TEST_CASE("fan_in_fan_out does not turn a torch::nn::Linear around") {
+  // As HF, which resets the option for such a layer: its weight is [out, in].
+  torch::nn::Linear linear(6, 4);
+  auto adapter =
+      peft::attach(*linear, LoraOptions(2).targets("").fan_in_fan_out(true));
+  CHECK(lora(adapter).lora_A.sizes() == at::IntArrayRef({2, 6}));
+  CHECK(lora(adapter).lora_B.sizes() == at::IntArrayRef({4, 2}));
+}
+
 TEST_CASE("LoRA on a grouped convolution") {
   const auto make = [] {
     return torch::nn::Conv2d(

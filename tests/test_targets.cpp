@@ -429,7 +429,7 @@ TEST_CASE("a pattern that is no regular expression is an error of ours") {
   torch::nn::Linear linear(4, 4);
   CHECK(contains(
       error_of([] { Targets::regex("(query"); }),
-      "peft: the target pattern '(query' is not a regular expression"));
+      "peft: '(query' in the targets is not a regular expression"));
   CHECK(contains(
       error_of([] { Targets::where(nullptr); }), "peft: Targets::where"));
   for (const auto& options :
