@@ -673,6 +673,7 @@ TEST_CASE("peft::clone is a deep copy with its adapters") {
   }
   auto their_one = peft::get_adapter(*copy, "one");
   CHECK(their_one.scale() == 0.5);
+  CHECK_FALSE(lora(their_one).is_training());
   CHECK_FALSE(peft::get_adapter(*copy, "off").is_enabled());
 
   // Neither hears of what happens to the other.
