@@ -82,10 +82,26 @@ struct AdaptedMeta : c10::BackendMeta {
   /// no tag refers to its own tensor.
   Tensor root;
   std::function<Tensor(const Tensor&)> view;
-  /// Set on the source of a set_data, which wears the tag only while its
-  /// contents are copied.
-  c10::weak_intrusive_ptr<c10::TensorImpl> lender{
-      c10::intrusive_ptr<c10::TensorImpl>()};
+
+  /// Only the adapted tensor itself holds a token, not its shallow copies
+  /// (data(), detach()): Site::tensors finds it by that. Copies wear `shared`.
+  std::shared_ptr<void> token;
+  c10::intrusive_ptr<AdaptedMeta> shared;
+
+  /// On the source of a set_data: the tag that the target keeps, taken by the
+  /// copy that set_data makes, and the tag of the source itself (or null).
+  bool lending = false;
+  mutable c10::intrusive_ptr<AdaptedMeta> lent;
+  c10::intrusive_ptr<AdaptedMeta> own;
+
+  /// What a shallow copy of the tensor gets.
+  c10::intrusive_ptr<c10::BackendMeta> clone(
+      const c10::intrusive_ptr<c10::BackendMeta>& self) const override {
+    if (lending) {
+      return lent ? std::move(lent) : own;
+    }
+    return token ? c10::intrusive_ptr<c10::BackendMeta>(shared) : self;
+  }
 };
 
 /// Names a protected member of TensorImpl through a derived class, which
@@ -124,9 +140,12 @@ inline AdaptedMeta* tag_of(const Tensor& t) {
     return nullptr;
   }
   auto* meta = static_cast<AdaptedMeta*>(impl->get_backend_meta());
-  if (meta != nullptr && meta->lender._unsafe_get_target() == impl) {
-    remove_tag(t); // lent to a set_data that is over
-    return nullptr;
+  if (meta != nullptr && meta->lending) {
+    auto own = meta->own;
+    if (!meta->lent) { // the set_data is over
+      own ? set_tag(t, own) : remove_tag(t);
+    }
+    return own.get(); // which the tensor holds
   }
   return meta;
 }
@@ -248,6 +267,15 @@ inline Tensor plain(const Tensor& t) {
 
 inline std::optional<Tensor> plain(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(plain(*t)) : std::nullopt;
+}
+
+/// A write to a base that holds a merged adapter would be undone by unmerge.
+inline void refuse_write_while_merged(const Tensor& t) {
+  const auto* meta = tag_of(t);
+  TORCH_CHECK(
+      meta == nullptr || meta->site->merge_order.empty(),
+      "peft: this weight holds a merged adapter, and unmerge() would undo the "
+      "write; call unmerge() first, or peft::merge(model) to keep the merge");
 }
 
 /// The tensor whose storage decides whether a merge has reached `t`.
@@ -431,12 +459,15 @@ add__kernel(Tensor& self, const Tensor& other, const at::Scalar& alpha) {
   auto* meta = tag_of(other);
   const bool writes_weight = tag_of(self) != nullptr;
   NoTagGuard guard(kAdaptedKey);
-  if (meta == nullptr) {
+  if (meta == nullptr && !writes_weight) {
     return self.add_(other, alpha);
   }
   if (writes_weight) { // a read that aliases the write must see the base
+    refuse_write_while_merged(self);
     return self.add_(
-        self.is_alias_of(other) ? base_of(other) : plain(other), alpha);
+        meta != nullptr && self.is_alias_of(other) ? base_of(other)
+                                                   : plain(other),
+        alpha);
   }
   if (!meta->site->active_outputs(root_of(other, *meta)).empty()) {
     return self.copy_(
@@ -542,6 +573,46 @@ inline Tensor convolution_padding_kernel(
     int64_t groups) {
   return adapted_convolution(
       x, w, bias, {stride, {}, dilation, groups, padding});
+}
+
+/// What tracing records for every convolution.
+inline Tensor traced_convolution_kernel(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool transposed,
+    at::IntArrayRef output_padding,
+    int64_t groups,
+    bool benchmark,
+    bool deterministic,
+    bool cudnn_enabled,
+    bool allow_tf32) {
+  if (!transposed && w.dim() >= 3 && w.dim() <= 5) {
+    return adapted_convolution(
+        x, w, bias, {stride, padding, dilation, groups, {}});
+  }
+  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
+  NoTagGuard guard(kAdaptedKey);
+  Tensor y = guard_result(
+      at::_convolution(
+          plain(x),
+          operand(w),
+          plain(bias),
+          stride,
+          padding,
+          dilation,
+          transposed,
+          output_padding,
+          groups,
+          benchmark,
+          deterministic,
+          cudnn_enabled,
+          allow_tf32),
+      w);
+  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
 }
 
 // ----------------------------------------------------------------------------
@@ -669,20 +740,37 @@ inline Tensor detach_kernel(const Tensor& self) {
   return result;
 }
 
+/// A tag for the adapted tensor itself.
+inline c10::intrusive_ptr<AdaptedMeta> first_tag(
+    std::shared_ptr<Site> site,
+    Rows rows) {
+  auto tag = c10::make_intrusive<AdaptedMeta>(std::move(site));
+  tag->rows = rows;
+  tag->shared = same_tag(*tag);
+  tag->token = std::make_shared<char>();
+  return tag;
+}
+
 /// set_data asks this before it copies the contents of `from` into `self`, tag
-/// and all; so `from` wears the tag for the moment of the copy.
+/// and all; so for the moment of the copy `from` offers the tag of `self`.
 inline bool has_compatible_shallow_copy_type_kernel(
     const Tensor& self,
     const Tensor& from) {
   auto* meta = tag_of(self);
-  const bool from_is_plain = tag_of(from) == nullptr;
+  auto* theirs = tag_of(from);
   NoTagGuard guard(kAdaptedKey);
   const bool compatible = at::_has_compatible_shallow_copy_type(self, from);
-  if (compatible && meta != nullptr && from_is_plain) {
-    auto tag = same_tag(*meta);
-    tag->lender =
-        c10::weak_intrusive_ptr<c10::TensorImpl>(from.getIntrusivePtr());
-    set_tag(from, std::move(tag));
+  if (compatible && meta != nullptr && !self.is_same(from)) {
+    auto kept = same_tag(*meta);
+    kept->token = meta->token;
+    kept->shared = meta->shared;
+    auto offer = c10::make_intrusive<AdaptedMeta>(meta->site);
+    offer->lending = true;
+    offer->lent = std::move(kept);
+    if (theirs != nullptr) {
+      offer->own = c10::intrusive_ptr<AdaptedMeta>::reclaim_copy(theirs);
+    }
+    set_tag(from, std::move(offer));
   }
   return compatible;
 }
@@ -903,8 +991,24 @@ inline bool reads_metadata(const std::string& name) {
   return names.count(name) != 0;
 }
 
-/// In-place changes of shape, under which an adapter would no longer fit.
-inline bool changes_shape(const std::string& name) {
+/// In-place changes of shape, under which an adapter would no longer fit. set_,
+/// by which archives are loaded, is one when the sizes differ.
+inline bool changes_shape(
+    const c10::FunctionSchema& schema,
+    c10::ArrayRef<c10::IValue> values) {
+  const std::string& name = schema.name();
+  if (name == "aten::set_") {
+    std::vector<int64_t> sizes;
+    for (size_t i = 1; i < values.size(); ++i) {
+      const auto& argument = schema.arguments()[i].name();
+      if (argument == "source" && values[i].isTensor()) {
+        sizes = values[i].toTensor().sizes().vec();
+      } else if (argument == "size") {
+        sizes = values[i].toIntVector();
+      }
+    }
+    return values[0].toTensor().sizes() != at::IntArrayRef(sizes);
+  }
   static const std::unordered_set<std::string> names{
       "aten::t_",
       "aten::transpose_",
@@ -915,7 +1019,6 @@ inline bool changes_shape(const std::string& name) {
       "aten::as_strided_",
       "aten::resize_",
       "aten::resize_as_",
-      "aten::set_",
       "aten::swap_"};
   return names.count(name) != 0;
 }
@@ -982,11 +1085,18 @@ inline void fallback(
     });
   }
   TORCH_CHECK(
-      !(writes_tagged && changes_shape(name)),
+      !(writes_tagged &&
+        changes_shape(schema, c10::ArrayRef<c10::IValue>(*stack).slice(first))),
       "peft: ",
       name,
       " would change the shape of an adapted weight in place; merge or detach "
       "the adapter first");
+
+  if (writes_tagged && !reads_metadata(name)) {
+    for (const Tensor& t : written) {
+      refuse_write_while_merged(t);
+    }
+  }
 
   NoTagGuard guard(kAdaptedKey);
 
@@ -1087,6 +1197,7 @@ inline void register_kernels() {
         (std::string(name) + ".padding").c_str(),
         TORCH_FN(convolution_padding_kernel));
   }
+  aten->impl("_convolution", TORCH_FN(traced_convolution_kernel));
   aten->impl("t", TORCH_FN(t_kernel));
   aten->impl("to.device", TORCH_FN(to_device_kernel));
   aten->impl("to.dtype", TORCH_FN(to_dtype_kernel));

@@ -32,8 +32,8 @@ inline Tensor lock_tensor(
 
 /// The site's tensor; an error once the model is gone.
 inline Tensor tensor_of(const Site& site) {
-  for (const auto& weak : site.tensors) {
-    Tensor t = lock_tensor(weak);
+  for (const auto& ref : site.tensors) {
+    Tensor t = ref.lock();
     if (t.defined()) {
       return t;
     }
@@ -194,6 +194,14 @@ class Adapter {
   }
   void eval() {
     train(false);
+  }
+
+  /// Moves the adapter's own tensors. A torch::nn model's to() does it too; a
+  /// TorchScript module's does not.
+  void to(const torch::Device& device) {
+    for (const auto& site : state().sites) {
+      site.delta->to(device);
+    }
   }
 
   /// Folds the adapter into the base and keeps the old base, so that unmerge

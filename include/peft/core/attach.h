@@ -44,19 +44,17 @@ inline void check_adapter_name(const std::string& name) {
       "peft: '__base__' stands for the base; choose another");
 }
 
-inline void check_adaptable(const PlannedSite& site) {
-  const Tensor& t = site.tensor;
-  TORCH_CHECK(
-      t.defined(), "peft: '", site.parameter, "' is not defined in this model");
+inline void check_adaptable(const Tensor& t, const std::string& name) {
+  TORCH_CHECK(t.defined(), "peft: '", name, "' is not defined in this model");
   TORCH_CHECK(
       t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested(),
       "peft: '",
-      site.parameter,
+      name,
       "' is sparse, nested or quantised; only dense tensors can be adapted");
   TORCH_CHECK(
       t.is_floating_point(),
       "peft: '",
-      site.parameter,
+      name,
       "' has dtype ",
       t.dtype(),
       "; only floating point weights can be adapted");
@@ -118,6 +116,20 @@ inline void drop_tied(std::vector<PlannedSite>& sites) {
   sites = std::move(kept);
 }
 
+/// Takes the record of requires_grad of a tensor that gets a tag out of the
+/// list.
+inline bool take_record(AdapterState& state, const Tensor& t) {
+  auto& list = *state.required_grad;
+  for (auto item = list.begin(); item != list.end(); ++item) {
+    if (lock_tensor(item->first).is_same(t)) {
+      const bool required = item->second;
+      list.erase(item);
+      return required;
+    }
+  }
+  return t.requires_grad();
+}
+
 /// Hangs `state` on the tensors of its plan. `all` are the model's parameters,
 /// among which ties are found. Strong exception safety: checks come first.
 inline void tag_sites(
@@ -125,7 +137,7 @@ inline void tag_sites(
     const std::vector<PlannedSite>& planned,
     const std::vector<std::pair<std::string, Tensor>>& all) {
   for (const auto& plan : planned) {
-    check_adaptable(plan);
+    check_adaptable(plan.tensor, plan.parameter);
     if (auto* meta = tag_of(plan.tensor)) {
       TORCH_CHECK(
           !meta->view && !meta->transposed,
@@ -173,10 +185,10 @@ inline void tag_sites(
     record.site = site;
     for (const Tensor& t : tied) {
       if (tag_of(t) == nullptr) {
-        auto tag = c10::make_intrusive<AdaptedMeta>(site);
-        tag->rows = {0, t.dim() > 0 ? t.size(0) : 0};
+        auto tag = first_tag(site, {0, t.dim() > 0 ? t.size(0) : 0});
+        site->tensors.push_back(
+            {t.unsafeGetTensorImpl(), tag->token, take_record(*state, t)});
         set_tag(t, std::move(tag));
-        site->tensors.emplace_back(t.getIntrusivePtr());
       }
     }
     state->sites.push_back(std::move(record));
@@ -198,10 +210,12 @@ inline void untag_sites(const std::shared_ptr<AdapterState>& state) {
             [&](const Entry& entry) { return entry.adapter == state; }),
         entries.end());
     if (entries.empty()) {
-      for (const auto& weak : site->tensors) {
-        const Tensor t = lock_tensor(weak);
+      for (const auto& ref : site->tensors) {
+        const Tensor t = ref.lock();
         if (t.defined()) {
           remove_tag(t);
+          state->required_grad->emplace_back(
+              t.getIntrusivePtr(), ref.required_grad);
         }
       }
     }
@@ -273,6 +287,13 @@ inline States states_below(torch::nn::Module& model) {
 inline std::optional<bool> required_before(
     const States& states,
     const Tensor& parameter) {
+  if (const auto* meta = tag_of(parameter)) {
+    for (const auto& ref : meta->site->tensors) {
+      if (ref.impl == parameter.unsafeGetTensorImpl()) {
+        return ref.required_grad;
+      }
+    }
+  }
   for (const auto& state : states) {
     for (const auto& [weak, required] : *state->required_grad) {
       if (lock_tensor(weak).is_same(parameter)) {
@@ -338,14 +359,21 @@ inline std::shared_ptr<AdapterState> hang(
   state->name = name;
   state->method = plan.method;
   state->options = std::move(plan.options);
-  tag_sites(state, plan.sites, all);
   state->required_grad = present.empty() ? std::make_shared<RequiredGrad>()
                                          : present.front()->required_grad;
+  const size_t recorded = state->required_grad->size();
   for (const auto& item : all) {
     if (!required_before(present, item.second)) {
       state->required_grad->emplace_back(
           item.second.getIntrusivePtr(), item.second.requires_grad());
     }
+  }
+  try {
+    tag_sites(state, plan.sites, all);
+  } catch (...) {
+    auto& list = *state->required_grad;
+    list.erase(list.begin() + static_cast<int64_t>(recorded), list.end());
+    throw;
   }
   for (const auto& item : all) {
     Tensor parameter = item.second;

@@ -34,6 +34,8 @@ struct SiteRecord {
   std::weak_ptr<Site> site;
 };
 
+/// requires_grad, before the first attach, of the parameters that carry no tag;
+/// a tagged one has it in its TensorRef.
 using RequiredGrad =
     std::vector<std::pair<c10::weak_intrusive_ptr<c10::TensorImpl>, bool>>;
 
@@ -60,6 +62,26 @@ struct AdapterState {
   std::shared_ptr<RequiredGrad> required_grad;
 };
 
+/// A tensor that carries a tag, not owned. A weak_intrusive_ptr would keep the
+/// tensor's memory, with it the tag, and with that this very reference.
+struct TensorRef {
+  c10::TensorImpl* impl = nullptr;
+  std::weak_ptr<void> alive; // the tag's token
+  /// requires_grad before the first attach.
+  bool required_grad = false;
+
+  /// The tensor, or an undefined one when it is gone.
+  Tensor lock() const {
+    const auto token = alive.lock();
+    if (!token || c10::raw::intrusive_ptr::use_count(impl) == 0) {
+      return {};
+    }
+    return Tensor(
+        c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::
+            reclaim_copy(impl));
+  }
+};
+
 /// One adapter at one weight.
 struct Entry {
   std::shared_ptr<AdapterState> adapter;
@@ -79,8 +101,8 @@ struct Site {
   std::vector<Entry> entries;
   /// Shape at attach; another shape means the tensor was changed under us.
   std::vector<int64_t> sizes;
-  /// The tensors themselves (several when tied by storage), not owned.
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors;
+  /// The tensors themselves; several when tied by storage.
+  std::vector<TensorRef> tensors;
   /// Base before the first reversible merge, and who was merged since.
   Tensor original;
   std::vector<AdapterState*> merge_order;
@@ -99,11 +121,10 @@ struct Site {
   /// Whether `tensor` reads the storage that merges are written to; a copy made
   /// by to() before a merge does not.
   bool holds_storage_of(const Tensor& tensor) const {
-    for (const auto& weak : tensors) {
-      if (auto impl = weak.lock()) {
-        if (impl->storage().is_alias_of(tensor.storage())) {
-          return true;
-        }
+    for (const auto& ref : tensors) {
+      const Tensor own = ref.lock();
+      if (own.defined() && own.is_alias_of(tensor)) {
+        return true;
       }
     }
     return false;

@@ -53,8 +53,11 @@ struct PaddedInput {
       }
       return;
     }
-    std::vector<int64_t> pads; // last dimension first, left and right
-    for (size_t i = D; i-- > 0;) {
+    // Last dimension first, left and right. LibTorch lists "same" in forward
+    // order, and this is LibTorch's forward.
+    std::vector<int64_t> pads;
+    for (size_t n = 0; n < D; ++n) {
+      const size_t i = same ? n : D - 1 - n;
       int64_t left = 0, right = 0;
       if (same) {
         const int64_t total =

@@ -53,6 +53,8 @@ class ExplicitLayer : public torch::nn::Cloneable<Derived> {
   /// Folds the adapter into the base layer and keeps the old tensor.
   void merge() {
     TORCH_CHECK(!merged_, "peft: this layer is already merged");
+    TORCH_CHECK(
+        enabled_, "peft: this layer is disabled; enable() it before merging");
     torch::NoGradGuard no_grad;
     const Tensor before = self().folded().clone();
     self().fold();

@@ -283,6 +283,7 @@ class LoraPlanner {
       return;
     }
     const Tensor weight = layer.parameter(key);
+    check_adaptable(weight, path);
     // Where a module has one weight, HF's patterns and keys name the module.
     const bool main = key == "weight" || key == "in_proj_weight";
     const std::string& module = main ? layer.name : path;
