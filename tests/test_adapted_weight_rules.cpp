@@ -1163,7 +1163,7 @@ TEST_CASE("attaching to a view of an adapted weight is refused") {
   view->to(f64);
   view->weight = a.w().narrow(0, 0, 3);
   const std::string error =
-      error_of([&] { peft::attach(*view, adapted::acting()); });
+      error_of([&] { peft::attach(*view, adapted::acting(), "other"); });
   INFO(error);
   CHECK(contains(error, "view"));
   CHECK(close(a.w() + 0, a.value()));
