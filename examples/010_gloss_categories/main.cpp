@@ -55,7 +55,8 @@ peft::Adapter lora_query_value(Network& network) {
 }
 
 peft::Adapter lora_all(Network& network) {
-  return lora(network, {"query", "key", "value", "dense"});
+  return lora(
+      network, {"query", "key", "value", "intermediate.dense", "output.dense"});
 }
 
 struct Method {
@@ -68,8 +69,8 @@ struct Method {
 
 std::vector<Method> methods(bool full) {
   std::vector<Method> list{
-      {"BitFit", "bitfit", "amber", 4e-3, bitfit},
-      {"LoRA, query and value", "lora_qv", "blue", 2e-3, lora_query_value},
+      {"BitFit", "bitfit", "amber", 8e-3, bitfit},
+      {"LoRA, query and value", "lora_qv", "blue", 4e-3, lora_query_value},
       {"LoRA, all linear layers", "lora_all", "green", 2e-3, lora_all}};
   if (full) {
     list.push_back({"full fine-tuning", "", "violet", 2e-4, nullptr});
@@ -94,9 +95,7 @@ Task choose_task(const Arguments& arguments) {
             : !weights    ? "The MiniLM weights were"
                           : "WordNet was");
   }
-  fmt::print(
-      "This run makes up a small network and its sentences: it shows the flow, "
-      "its numbers mean nothing.\n");
+  fmt::print("This run makes up a small network and its sentences instead.\n");
   return made_up_task(
       fs::path(arguments.output) / "made_up_model", arguments.quick);
 }
@@ -240,6 +239,11 @@ Report describe(
   report.train_size = task.data.train.size();
   report.test_size = task.data.test.size();
   report.num_categories = task.data.categories.size();
+  report.note = !task.real ? "A made-up network and made-up texts: this shows "
+                             "the flow, the numbers mean nothing."
+      : arguments.quick
+      ? "A quick run on a tenth of the texts: too few to judge a method by."
+      : "";
   report.epochs = arguments.epochs;
   report.threads = arguments.threads;
   for (uint64_t i = 0; i < (arguments.full ? 3 : 1); ++i) {
@@ -275,6 +279,9 @@ int run(const Arguments& arguments) {
       report.num_categories,
       with_commas(static_cast<int64_t>(report.train_size)),
       with_commas(static_cast<int64_t>(report.test_size)));
+  if (!report.note.empty()) {
+    fmt::print("{}\n\n", report.note);
+  }
 
   Best best;
   for (const auto seed : report.seeds) {
@@ -337,9 +344,9 @@ int main(int argc, char** argv) {
          "--epochs",
          arguments.epochs,
          "passes over the texts (default 2; 3 with --full, 1 with --quick)")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 1000));
   app.add_option("--threads", arguments.threads, "of LibTorch")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   app.add_flag(
       "--full", arguments.full, "three seeds, and full fine-tuning as well");

@@ -50,6 +50,7 @@ struct Report {
   std::vector<uint64_t> seeds;
   int threads = 0;
   double total_seconds = 0;
+  std::string note; ///< what a reader must know before the numbers
   std::vector<MethodResult> methods;
   MergeCheck merge;
   std::vector<Sample> samples;
@@ -72,6 +73,11 @@ inline std::string with_commas(int64_t value) {
 inline std::string duration(double seconds) {
   return seconds < 0.01 ? fmt::format("{:.2f} ms", 1000 * seconds)
                         : fmt::format("{:.3f} s", seconds);
+}
+
+/// "3.1e-06", and "0" for nothing.
+inline std::string scientific(double value) {
+  return value == 0 ? "0" : fmt::format("{:.1e}", value);
 }
 
 // ~~~~ terminal ~~~~
@@ -101,14 +107,14 @@ inline void print_table(const Report& report) {
 
 inline void print_merge(const MergeCheck& check) {
   fmt::print(
-      "\n{}: saved, loaded (logits moved by {:.1e} at most) and merged (by "
-      "{:.1e};\n"
+      "\n{}: saved, loaded (logits moved by {} at most) and merged (by "
+      "{};\n"
       "{} of the predictions changed)\n"
       "merged / base time: median {:.3f} (quartiles {:.3f} to {:.3f}); {} "
       "operators, {}\n",
       check.adapter,
-      check.reload_difference,
-      check.merge_difference,
+      scientific(check.reload_difference),
+      scientific(check.merge_difference),
       check.changed_predictions == 0
           ? "none"
           : std::to_string(check.changed_predictions),
@@ -282,10 +288,10 @@ inline std::string accuracy_chart(const Report& report) {
       : highest - lowest > 0.12              ? 0.05
                                              : 0.02;
   const Axes axes{
-      std::log10(fewest) - 0.25,
+      std::log10(fewest) - 0.4,
       std::log10(most) + 0.35,
-      std::floor(lowest / step - 0.4) * step,
-      std::ceil(highest / step + 0.4) * step};
+      std::max(0.0, std::floor(lowest / step - 0.4) * step),
+      std::min(1.0 + step / 2, std::ceil(highest / step + 0.4) * step)};
   auto svg = Axes::open("accuracy against trainable parameters") +
       axes.y_grid(step, 2);
   svg += axes.frame("trainable parameters");
@@ -366,8 +372,8 @@ inline std::string merge_section(const MergeCheck& check, size_t test_size) {
       "weights.</p>"
       "<div class='facts'>"
       "<div><b>{}</b>of {} predictions changed by the merge</div>"
-      "<div><b>{:.1e}</b>largest change of a logit by the merge; by saving and "
-      "loading {:.1e}</div>"
+      "<div><b>{}</b>largest change of a logit by the merge; by saving and "
+      "loading {}</div>"
       "<div><b>{:.3f}×</b>time of the network that never had an adapter "
       "(quartiles {:.3f} – {:.3f})</div>"
       "<div><b>{}</b>operators in a forward, {} the "
@@ -375,8 +381,8 @@ inline std::string merge_section(const MergeCheck& check, size_t test_size) {
       escape(check.adapter),
       check.changed_predictions,
       with_commas(static_cast<int64_t>(test_size)),
-      check.merge_difference,
-      check.reload_difference,
+      scientific(check.merge_difference),
+      scientific(check.reload_difference),
       check.ratio[1],
       check.ratio[0],
       check.ratio[2],
@@ -469,6 +475,9 @@ inline std::string html_of(const Report& report) {
       with_commas(report.test_size),
       report.epochs,
       report.epochs == 1 ? "" : "s");
+  if (!report.note.empty()) {
+    html += "<p><strong>" + detail::escape(report.note) + "</strong></p>\n";
+  }
   html +=
       "<section class='charts'><div class='card'><h2>Accuracy and its "
       "price</h2>" +

@@ -20,6 +20,7 @@ namespace gloss {
 /// A pretrained encoder's folder (`config.json`, `vocab.txt`,
 /// `model.safetensors`) and a corpus to adapt it to.
 struct Task {
+  bool real = false;
   std::filesystem::path model;
   std::string network_name;
   std::string data_name;
@@ -77,6 +78,7 @@ inline Task real_task(
     bool quick) {
   const WordPiece tokenizer((model / "vocab.txt").string());
   Task task;
+  task.real = true;
   task.model = model;
   task.network_name = "all-MiniLM-L6-v2";
   task.data_name = "WordNet 3.0 definitions";
