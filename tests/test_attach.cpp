@@ -785,6 +785,16 @@ TEST_CASE("torch::save and torch::load of an adapted model") {
   CHECK(equal_bits(
       weight_of(other, 0), peft::base(weight_of(model, 0)).detach()));
 
+  // A merged base beside its adapter would be adapted twice when it is loaded.
+  auto merged = peft::get_adapter(*model, "one");
+  merged.merge();
+  CHECK(contains(
+      error_of([&] { torch::save(model, folder / "merged.pt"); }),
+      "adapter 'one' is merged, and the model cannot be saved with it"));
+  CHECK(contains(
+      error_of([&] { torch::load(model, folder / "adapted.pt"); }),
+      "adapter 'one' is merged, and the model cannot be loaded with it"));
+
   auto different = two_layers();
   peft::attach(*different, acting("0"), "another");
   CHECK(error_of([&] { torch::load(different, folder / "adapted.pt"); }) != "");
@@ -826,7 +836,7 @@ TEST_CASE("the summary of a model") {
   CHECK(peft::summary(model) == "trainable 419 of 419 (100.00 %)\n");
   auto one = peft::attach(model, LoraOptions(2).targets("fc1"), "one");
   const std::string first =
-      "adapter 'one' (LORA): 52 parameters at 1 sites\n"
+      "adapter 'one' (LORA): 52 parameters at 1 site\n"
       "  fc1  [16, 10]          lora r=2               52\n";
   CHECK(peft::summary(model) == "trainable 52 of 471 (11.04 %)\n" + first);
   auto two = peft::attach(
@@ -845,7 +855,7 @@ TEST_CASE("the summary of a model") {
   CHECK(count.trainable == 119);
   CHECK(count.total == 471);
   one.merge();
-  CHECK(contains(peft::summary(model), "at 1 sites, merged\n"));
+  CHECK(contains(peft::summary(model), "at 1 site, merged\n"));
 
   nn::Linear big(2000, 1000);
   CHECK(contains(

@@ -55,8 +55,8 @@ TEST_CASE("LoRA refuses options that make no sense") {
   };
   const double nan = std::nan("");
   const std::vector<Row> rows{
-      {LoraOptions(0), "r must be positive, got 0"},
-      {LoraOptions(-3), "r must be positive, got -3"},
+      {LoraOptions().r(0), "r must be positive, got 0"},
+      {LoraOptions().r(-3), "r must be positive, got -3"},
       {LoraOptions().alpha(nan), "alpha must be finite"},
       {LoraOptions().alpha(INFINITY), "alpha must be finite"},
       {LoraOptions().dropout(1), "dropout must lie in [0, 1), got 1"},
@@ -68,6 +68,8 @@ TEST_CASE("LoRA refuses options that make no sense") {
       {LoraOptions().init("zeros"), "init must be 'gaussian', 'kaiming'"},
       {LoraOptions().bias("some"), "'lora_only' or 'all', got 'some'"},
       {LoraOptions().enable_lora({true}), "three values, got 1"}};
+  CHECK(contains(
+      error_of([] { LoraOptions(0); }), "peft: r must be positive, got 0"));
   torch::nn::Linear linear(4, 3);
   const auto before = state_of(*linear);
   for (auto row : rows) {

@@ -209,18 +209,18 @@ TEST_CASE("what each kind of target means on BERT") {
 
 TEST_CASE("layers_pattern names the stack that is numbered") {
   networks::Stack stack;
-  const auto names = [&](const Names& pattern) {
+  const auto names = [&](std::vector<int64_t> layers, const Names& pattern) {
     return adapted_by(
         stack,
-        LoraOptions().targets({"query"}).layers({1, 2}).layers_pattern(
+        LoraOptions().targets({"query"}).layers(layers).layers_pattern(
             pattern));
   };
   CHECK(
-      names({"layer"}) ==
+      names({1, 2}, {"layer"}) ==
       Names{"encoder.layer.1.query.weight", "encoder.layer.2.query.weight"});
-  CHECK(names({"block"}) == Names{"decoder.block.1.query.weight"});
+  CHECK(names({1}, {"block"}) == Names{"decoder.block.1.query.weight"});
   CHECK(
-      names({"layer", "block"}) ==
+      names({1, 2}, {"layer", "block"}) ==
       Names{
           "encoder.layer.1.query.weight",
           "encoder.layer.2.query.weight",
@@ -229,16 +229,14 @@ TEST_CASE("layers_pattern names the stack that is numbered") {
 
 TEST_CASE("rank_pattern and alpha_pattern, first match first") {
   auto model = small_bert();
-  const auto options =
-      LoraOptions(2)
-          .alpha(8)
-          .targets({"query", "key", "value", "classifier"})
-          .rank_pattern(
-              {{"layer\\.1\\.attention\\.self\\.query", 4},
-               {"query", 8},
-               {"ey", 16}, // the end of a name, but not after a dot
-               {"self\\.(k.y)", 3}})
-          .alpha_pattern({{"^classifier", 5}, {"value", 6}});
+  const auto options = LoraOptions(2)
+                           .alpha(8)
+                           .targets({"query", "key", "value", "classifier"})
+                           .rank_pattern(
+                               {{"layer\\.1\\.attention\\.self\\.query", 4},
+                                {"query", 8},
+                                {"self\\.(k.y)", 3}})
+                           .alpha_pattern({{"^classifier", 5}, {"value", 6}});
   auto adapter = peft::attach(*model, options);
   struct Row {
     std::string name;
@@ -382,6 +380,22 @@ TEST_CASE("a target that means nothing is an error that helps") {
        *model,
        LoraOptions().targets({"query"}).layers({7}),
        {"match nothing that LoRA can adapt"}},
+      {"a layer that there is not, beside one that there is",
+       *model,
+       LoraOptions().targets({"query"}).layers({0, 7}),
+       {"layers names index 7, where nothing matches"}},
+      {"a pattern for the end of a word",
+       *model,
+       LoraOptions().targets({"query"}).rank_pattern({{"uery", 3}}),
+       {"the pattern 'uery'", "matches no adapted module", ".query'"}},
+      {"a pattern for a module that is not adapted",
+       *model,
+       LoraOptions().targets({"query"}).alpha_pattern({{"value", 3}}),
+       {"the pattern 'value'", "matches no adapted module"}},
+      {"a choice of q, k, v where nothing is packed",
+       *model,
+       LoraOptions().targets({"query"}).enable_lora({true, false, true}),
+       {"enable_lora chooses among q, k and v", "the targets meet none"}},
       {"no query and no value",
        *nameless,
        LoraOptions(),
