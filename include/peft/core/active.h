@@ -57,8 +57,11 @@ class RawBaseScope {
 /// Chooses, for this thread and until the end of the scope, which adapters
 /// take part. Other threads are not touched; nothing is written to the model.
 ///
-///   peft::ActiveAdapters scope({"german", "legal"});  // these two, summed
+///   peft::ActiveAdapters scope({"german", "legal"});  // these two, stacked
 ///   peft::ActiveAdapters base({});                    // the frozen network
+///
+/// Updates of weights add up; of trained copies (BitFit, modules_to_save) at
+/// one parameter the one attached last counts.
 ///
 /// Overrides enable() and disable(); names that a weight does not carry are
 /// passed over, so a scope may serve several models.

@@ -39,6 +39,7 @@ inline Tensor tensor_of(const Site& site) {
     }
   }
   TORCH_CHECK(false, "peft: the model behind this adapter no longer exists");
+  return {};
 }
 
 inline std::shared_ptr<Site> lock_site(const SiteRecord& record) {
@@ -49,10 +50,10 @@ inline std::shared_ptr<Site> lock_site(const SiteRecord& record) {
 
 /// Writes into the bare base, whatever mode the caller or the model is in.
 inline void write_base(const Tensor& weight, const Tensor& value) {
-  torch::NoGradGuard no_grad;
   c10::InferenceMode mode(weight.is_inference());
+  torch::NoGradGuard no_grad; // after the mode, which switches it
   NoTagGuard guard(kAdaptedKey);
-  weight.copy_(value);
+  weight.copy_(value.detach());
 }
 
 /// A copy of the bare base that shares nothing with it.
@@ -244,7 +245,7 @@ class Adapter {
 };
 
 /// All adapters on `model` and below it, in the order they were attached.
-inline std::vector<Adapter> adapters(torch::nn::Module& model) {
+inline std::vector<Adapter> adapters(const torch::nn::Module& model) {
   std::vector<Adapter> result;
   for (const auto& registry : detail::registries_below(model)) {
     for (const auto& state : registry->adapters) {
@@ -272,13 +273,14 @@ inline Adapter find_adapter(
       name,
       "'; it has ",
       names.empty() ? "none" : names);
+  return Adapter();
 }
 
 } // namespace detail
 
 /// The adapter of that name; an error that lists the names there are.
 inline Adapter get_adapter(
-    torch::nn::Module& model,
+    const torch::nn::Module& model,
     const std::string& name = "default") {
   return detail::find_adapter(adapters(model), name);
 }

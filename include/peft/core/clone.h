@@ -96,8 +96,11 @@ inline void copy_adapters(const Registry& from, torch::nn::Module& to) {
 } // namespace detail
 
 /// A deep copy with independent adapters. Unlike Module::clone it works on a
-/// model that carries adapters and keeps every requires_grad. The model must be
-/// Cloneable, as for Module::clone.
+/// model that carries adapters, and it keeps every requires_grad and the mode.
+/// The model must be Cloneable, as for Module::clone. (Module::clone itself
+/// throws on a model with adapters, save for the containers, Sequential and its
+/// like, which copy only their list: their clone is plain, holds the effective
+/// weights and trains whole.)
 template <class M>
 auto clone(
     const M& model,
@@ -130,6 +133,16 @@ auto clone(
                 .value_or(tensor.requires_grad()));
       }
     }
+    // Containers come out of LibTorch's clone in training mode.
+    detail::walk(
+        original, "", [&](const std::string& name, torch::nn::Module& m) {
+          detail::walk(
+              *copy, "", [&](const std::string& path, torch::nn::Module& twin) {
+                if (path == name) {
+                  twin.train(m.is_training());
+                }
+              });
+        });
     for (const auto& [path, registry] : registries) {
       detail::copy_adapters(*registry, *detail::module_at(*copy, path));
     }

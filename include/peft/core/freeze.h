@@ -18,7 +18,8 @@ inline void freeze(torch::nn::Module& model) {
 }
 
 /// Every tensor below `model` that trains, each once.
-inline std::vector<Tensor> trainable_parameters(torch::nn::Module& model) {
+inline std::vector<Tensor> trainable_parameters(
+    const torch::nn::Module& model) {
   std::vector<Tensor> result;
   for (const auto& p : model.parameters()) {
     bool seen = !p.requires_grad();

@@ -64,9 +64,33 @@ class Registry : public torch::nn::Module {
   explicit Registry(torch::nn::Module* owner)
       : torch::nn::Module("peft::Registry"), host(owner) {}
 
+  /// An archive of a merged base beside its adapters would apply them twice.
+  void save(torch::serialize::OutputArchive& archive) const override {
+    refuse_merged("saved");
+    torch::nn::Module::save(archive);
+  }
+  void load(torch::serialize::InputArchive& archive) override {
+    refuse_merged("loaded");
+    torch::nn::Module::load(archive);
+  }
+
   /// The module whose child this is; it outlives its children.
   torch::nn::Module* host;
   std::vector<std::shared_ptr<AdapterState>> adapters;
+
+ private:
+  void refuse_merged(const char* what) const {
+    for (const auto& adapter : adapters) {
+      TORCH_CHECK(
+          !adapter->merged,
+          "peft: adapter '",
+          adapter->name,
+          "' is merged, and the model cannot be ",
+          what,
+          " with it; unmerge() first, or make the merge permanent with "
+          "peft::merge(model)");
+    }
+  }
 };
 
 inline const char* const kRegistryName = "peft";
@@ -99,13 +123,16 @@ void walk(torch::nn::Module& module, const std::string& name, F&& f) {
 
 /// All registries at or below `module`.
 inline std::vector<std::shared_ptr<Registry>> registries_below(
-    torch::nn::Module& module) {
+    const torch::nn::Module& module) {
   std::vector<std::shared_ptr<Registry>> result;
-  walk(module, "", [&](const std::string&, torch::nn::Module& m) {
-    if (auto registry = registry_of(m)) {
-      result.push_back(std::move(registry));
-    }
-  });
+  walk(
+      const_cast<torch::nn::Module&>(module),
+      "",
+      [&](const std::string&, torch::nn::Module& m) {
+        if (auto registry = registry_of(m)) {
+          result.push_back(std::move(registry));
+        }
+      });
   return result;
 }
 
@@ -222,14 +249,17 @@ using NamedParameters = std::vector<std::pair<std::string, Tensor>>;
 
 /// The network's own parameters by name, without the adapters': the tensors
 /// that forward uses.
-inline NamedParameters base_parameters(torch::nn::Module& module) {
+inline NamedParameters base_parameters(const torch::nn::Module& module) {
   NamedParameters result;
-  walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
-    const Layer layer = describe_module(name, m);
-    for (const auto& p : layer.parameters) {
-      result.emplace_back(layer.path(p.first), p.second);
-    }
-  });
+  walk(
+      const_cast<torch::nn::Module&>(module),
+      "",
+      [&](const std::string& name, torch::nn::Module& m) {
+        const Layer layer = describe_module(name, m);
+        for (const auto& p : layer.parameters) {
+          result.emplace_back(layer.path(p.first), p.second);
+        }
+      });
   return result;
 }
 

@@ -75,11 +75,12 @@ inline std::string summary(
         ? ""
         : fmt::format(", scale {}", adapter.scale());
     text += fmt::format(
-        "adapter '{}' ({}): {} parameters at {} sites{}\n",
+        "adapter '{}' ({}): {} parameters at {} {}{}\n",
         adapter.name(),
         adapter.method(),
         with_commas(adapter.num_parameters()),
         sites.size(),
+        sites.size() == 1 ? "site" : "sites",
         notes);
     size_t width = 0;
     for (const auto& site : sites) {
@@ -103,7 +104,7 @@ inline std::string summary(
 
 } // namespace detail
 
-inline ParameterCount count_parameters(torch::nn::Module& model) {
+inline ParameterCount count_parameters(const torch::nn::Module& model) {
   return detail::count_parameters(
       detail::base_parameters(model), adapters(model));
 }
@@ -113,7 +114,7 @@ inline ParameterCount count_parameters(torch::nn::Module& model) {
 ///   trainable 73,728 of 22,786,944 (0.32 %)
 ///   adapter 'default' (LORA): 73,728 parameters at 12 sites
 ///     encoder.layer.0.attention.self.query  [384, 384]  lora r=8    6,144
-inline std::string summary(torch::nn::Module& model) {
+inline std::string summary(const torch::nn::Module& model) {
   return detail::summary(count_parameters(model), adapters(model));
 }
 

@@ -18,7 +18,9 @@ namespace peft {
 struct LoraOptions {
   using Pattern = std::vector<std::pair<std::string, double>>;
 
-  LoraOptions(int64_t r = 8) : r_(r) {}
+  LoraOptions(int64_t r = 8) : r_(r) {
+    TORCH_CHECK_VALUE(r > 0, "peft: r must be positive, got ", r);
+  }
 
   /// Rank.
   TORCH_ARG(int64_t, r);
@@ -115,14 +117,20 @@ inline void check(const LoraOptions& options) {
       options.enable_lora().size());
 }
 
-/// The value of the first pattern that `name` ends with (HF's rule), or the
-/// default.
+/// HF's rule: `name` is, or ends with ".", and the pattern.
+inline bool matches_pattern(
+    const std::string& pattern,
+    const std::string& name) {
+  return std::regex_match(name, std::regex("(.*\\.)?(" + pattern + ")"));
+}
+
+/// The value of the first pattern that fits `name`, or the default.
 inline double pattern_value(
     const LoraOptions::Pattern& patterns,
     const std::string& name,
     double otherwise) {
   for (const auto& [pattern, value] : patterns) {
-    if (std::regex_match(name, std::regex("(.*\\.)?(" + pattern + ")"))) {
+    if (matches_pattern(pattern, name)) {
       return value;
     }
   }

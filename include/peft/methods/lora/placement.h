@@ -129,6 +129,9 @@ class LoraPlanner {
             ? " by default (query and value projections); set targets(...)."
             : ".",
         near_misses(network_, "weight"));
+    if (options_.init() != "empty") { // PEFT's files may name more
+      check_choices();
+    }
     plan_biases();
     plan_modules_to_save(network_, options_.modules_to_save(), sites_);
     return std::move(sites_);
@@ -302,7 +305,9 @@ class LoraPlanner {
     } else if (key == "weight" && layer.kind == LayerKind::convolution) {
       layout = LoraLayout::convolution;
       groups = layer.groups;
-    } else if (weight.dim() == 2 && options_.fan_in_fan_out()) {
+    } else if (
+        weight.dim() == 2 && options_.fan_in_fan_out() &&
+        layer.kind == LayerKind::other) {
       layout = LoraLayout::transposed;
     }
     std::string prefix = module;
@@ -322,6 +327,7 @@ class LoraPlanner {
       plan_lora_bias(layer, key, prefix, lora_scale(options_, pattern_name));
     }
     adapted_.push_back(&layer);
+    pattern_names_.push_back(pattern_name);
   }
 
   void plan_lora_bias(
@@ -377,8 +383,55 @@ class LoraPlanner {
     }
   }
 
+  /// A pattern, a layer index or a block that meets nothing is a slip.
+  void check_choices() const {
+    for (const auto* patterns :
+         {&options_.rank_pattern(), &options_.alpha_pattern()}) {
+      for (const auto& item : *patterns) {
+        const bool used = std::any_of(
+            pattern_names_.begin(),
+            pattern_names_.end(),
+            [&](const std::string& name) {
+              return matches_pattern(item.first, name);
+            });
+        TORCH_CHECK(
+            used,
+            "peft: the pattern '",
+            item.first,
+            "' in rank_pattern or alpha_pattern matches no adapted module; the "
+            "first of them is '",
+            pattern_names_.front(),
+            "'");
+      }
+    }
+    for (const auto index : options_.layers()) {
+      LoraOptions one = options_;
+      one.layers({index});
+      const bool used = std::any_of(
+          pattern_names_.begin(),
+          pattern_names_.end(),
+          [&](const std::string& name) { return in_chosen_layers(one, name); });
+      TORCH_CHECK(
+          used, "peft: layers names index ", index, ", where nothing matches");
+    }
+    const bool has_blocks =
+        std::any_of(sites_.begin(), sites_.end(), [](const auto& site) {
+          const auto* lora = dynamic_cast<const LoraDelta*>(site.delta.get());
+          return lora != nullptr && lora->config().layout == LoraLayout::blocks;
+        });
+    const bool has_separate =
+        std::any_of(sites_.begin(), sites_.end(), [](const auto& site) {
+          return site.parameter.find("_proj_weight") != std::string::npos;
+        });
+    TORCH_CHECK(
+        options_.enable_lora().empty() || has_blocks || has_separate,
+        "peft: enable_lora chooses among q, k and v of a "
+        "torch::nn::MultiheadAttention, and the targets meet none");
+  }
+
   const LoraOptions& options_;
   const Network& network_;
+  std::vector<std::string> pattern_names_;
   std::vector<PlannedSite> sites_;
   std::vector<const Layer*> adapted_;
 };
