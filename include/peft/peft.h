@@ -24,6 +24,8 @@
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
 
+#include <peft/train/check_optimizer.h>
+
 #include <peft/io/safetensors.h>
 #include <peft/io/base_weights.h>
 #include <peft/io/adapter_config.h>

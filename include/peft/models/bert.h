@@ -8,9 +8,10 @@
 // adapter files fit both ways. Nothing here knows about adapters: this is a
 // user's network.
 
-#include <torch/enum.h>
+#include <torch/arg.h>
 #include <torch/nn/cloneable.h>
-#include <torch/nn/functional/activation.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/embedding.h>
@@ -18,6 +19,10 @@
 #include <torch/nn/modules/normalization.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
+
+#include <cstdint>
+#include <optional>
+#include <utility>
 
 namespace peft::models {
 
