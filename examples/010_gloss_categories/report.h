@@ -367,9 +367,8 @@ inline std::string method_table(const Report& report) {
 inline std::string merge_section(const MergeCheck& check, size_t test_size) {
   return fmt::format(
       "<section><h2>Saved, loaded, merged</h2><p>The best adapter, <b>{}</b>, "
-      "was written as "
-      "Hugging Face PEFT files, read into a fresh network and folded into its "
-      "weights.</p>"
+      "was written as Hugging Face PEFT files, read into a fresh network and "
+      "folded into its weights.</p>"
       "<div class='facts'>"
       "<div><b>{}</b>of {} predictions changed by the merge</div>"
       "<div><b>{}</b>largest change of a logit by the merge; by saving and "
@@ -494,10 +493,9 @@ inline std::string html_of(const Report& report) {
   }
   html += fmt::format(
       "<footer>Seed{} {}; {} threads; {:.0f} s in all. The probe was tuned on "
-      "a fifth of the "
-      "training set and its steps use features computed once; share is of the "
-      "network with its "
-      "head; peak memory is the process's.</footer></body></html>\n",
+      "a fifth of the training set and its steps use features computed once; "
+      "share is of the network with its head; peak memory is the process's."
+      "</footer></body></html>\n",
       report.seeds.size() > 1 ? "s" : "",
       seeds,
       report.threads,

@@ -39,9 +39,8 @@ enum class Pooling {
 ///
 /// Example:
 /// ```
-/// auto options =
-/// peft::models::BertOptions().hidden_size(384).num_hidden_layers(6).intermediate_size(1536);
-/// peft::models::BertModel model(options);
+/// using namespace peft::models;
+/// BertModel model(BertOptions().hidden_size(384).num_hidden_layers(6));
 /// ```
 struct BertOptions {
   TORCH_ARG(int64_t, vocab_size) = 30522;
@@ -66,8 +65,8 @@ struct BertOptions {
 
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Embeddings ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// LayerNorm(word + token type + position), `[batch, length]` -> `[batch,
-/// length, hidden]`.
+/// LayerNorm(word + token type + position),
+/// `[batch, length]` -> `[batch, length, hidden]`.
 struct BertEmbeddingsImpl : torch::nn::Cloneable<BertEmbeddingsImpl> {
   explicit BertEmbeddingsImpl(BertOptions options_)
       : options(std::move(options_)) {
