@@ -33,10 +33,12 @@ struct ActiveInfo : c10::DebugInfoBase {
 
 /// The kind under which the choice travels; torch defines it for tests only, so
 /// no released profiler or executor claims it.
-constexpr auto kActiveInfoKind = c10::DebugInfoKind::TEST_INFO_2;
+inline c10::DebugInfoKind active_info_kind() {
+  return c10::DebugInfoKind::TEST_INFO_2; // not a constant from 2.15 on
+}
 
 inline const ActiveInfo* active_info() {
-  auto* info = c10::ThreadLocalDebugInfo::get(kActiveInfoKind);
+  auto* info = c10::ThreadLocalDebugInfo::get(active_info_kind());
   return info == nullptr ? nullptr : dynamic_cast<const ActiveInfo*>(info);
 }
 
@@ -45,7 +47,7 @@ class RawBaseScope {
  public:
   RawBaseScope()
       : guard_(
-            kActiveInfoKind,
+            active_info_kind(),
             std::make_shared<ActiveInfo>(std::vector<std::string>{}, true)) {}
 
  private:
@@ -69,7 +71,7 @@ class ActiveAdapters {
  public:
   explicit ActiveAdapters(std::vector<std::string> names)
       : guard_(
-            detail::kActiveInfoKind,
+            detail::active_info_kind(),
             std::make_shared<detail::ActiveInfo>(std::move(names), false)) {}
 
   ActiveAdapters(const ActiveAdapters&) = delete;
