@@ -14,7 +14,7 @@
 
 namespace gloss {
 
-/// What happened to the best adapter on its way into a file, back, and into the
+/// What happened to the best LoRA on its way into a file, back, and into the
 /// weights.
 struct MergeCheck {
   std::string adapter;

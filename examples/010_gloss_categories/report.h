@@ -366,7 +366,7 @@ inline std::string method_table(const Report& report) {
 
 inline std::string merge_section(const MergeCheck& check, size_t test_size) {
   return fmt::format(
-      "<section><h2>Saved, loaded, merged</h2><p>The best adapter, <b>{}</b>, "
+      "<section><h2>Saved, loaded, merged</h2><p>The best LoRA, <b>{}</b>, "
       "was written as Hugging Face PEFT files, read into a fresh network and "
       "folded into its weights.</p>"
       "<div class='facts'>"
@@ -464,8 +464,8 @@ inline std::string html_of(const Report& report) {
   html += fmt::format(
       "<h1>Fine-tuning a sentence encoder with libpeft</h1>\n"
       "<p>{} ({} parameters) learns to tell {} categories of {}: {} texts to "
-      "train on, {} to "
-      "test. Every method had the same texts, seed and {} epoch{}.</p>\n",
+      "train on, {} to test. Every method had the same texts, seed and {} "
+      "epoch{}.</p>\n",
       detail::escape(report.network_name),
       with_commas(report.network_parameters),
       report.num_categories,

@@ -84,8 +84,8 @@ inline Task real_task(
   task.data_name = "WordNet 3.0 definitions";
   task.data = split_balanced(read_wordnet(wordnet), tokenizer, 100, 40, 123);
   if (quick) { // the texts are in random order
-    task.data.train.resize(task.data.train.size() / 10);
-    task.data.test.resize(task.data.test.size() / 8);
+    task.data.train.resize(task.data.train.size() / 20);
+    task.data.test.resize(task.data.test.size() / 16);
   }
   task.padding = tokenizer.padding();
   return task;

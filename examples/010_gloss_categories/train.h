@@ -33,7 +33,7 @@ struct TrainOptions {
 /// What one training run cost and how its loss went.
 struct TrainResult {
   std::vector<double> losses; ///< one a step
-  double seconds_per_step = 0;
+  double seconds_per_step = 0; ///< the median
   double peak_mib = 0;
   bool interrupted = false;
 };
@@ -108,11 +108,12 @@ inline TrainResult train(
   Progress progress(title, total);
   double smooth_loss = 0;
   reset_peak_memory();
-  const auto start = Clock::now();
+  std::vector<double> seconds;
   network->train();
   for (int64_t epoch = 0; epoch < options.epochs && !result.interrupted;
        ++epoch) {
     for (const auto& rows : shuffled_batches(examples, batch_size, order)) {
+      const auto start = Clock::now();
       const auto step = static_cast<int64_t>(result.losses.size());
       settings.lr(
           options.learning_rate * (1 - static_cast<double>(step) / total));
@@ -126,6 +127,7 @@ inline TrainResult train(
       optimizer.step();
 
       result.losses.push_back(loss.item<double>());
+      seconds.push_back(seconds_since(start));
       smooth_loss = step == 0
           ? result.losses.back()
           : 0.95 * smooth_loss + 0.05 * result.losses.back();
@@ -136,8 +138,9 @@ inline TrainResult train(
       }
     }
   }
-  result.seconds_per_step =
-      seconds_since(start) / static_cast<double>(result.losses.size());
+  std::nth_element(
+      seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
+  result.seconds_per_step = seconds[seconds.size() / 2];
   result.peak_mib = peak_memory_mib();
   return result;
 }
