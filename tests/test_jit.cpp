@@ -410,9 +410,9 @@ TEST_CASE("jit: a trained encoder follows its adapter under both executors") {
       }
     }
     REQUIRE(last < first);
-    size_t i = 0;
+    size_t index = 0;
     for (const auto& p : net.model.parameters()) {
-      REQUIRE(equal_bits(peft::base(p), base[i++]));
+      REQUIRE(equal_bits(peft::base(p), base[index++]));
     }
     const Tensor trained = [&] {
       GraphOptimizerEnabledGuard plain_executor(false);
