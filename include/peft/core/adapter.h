@@ -71,10 +71,6 @@ inline void check_finite(const Tensor& value, const std::string& name) {
       "the adapter for NaN and the base's dtype for overflow");
 }
 
-inline void merge_adapter(AdapterState& adapter);
-inline void unmerge_adapter(AdapterState& adapter);
-inline void detach_adapter(const std::shared_ptr<AdapterState>& adapter);
-
 } // namespace detail
 
 /// A handle on one named adapter of one model; cheap to copy. The adapter lives
@@ -208,22 +204,15 @@ class Adapter {
   /// Folds the adapter into the base and keeps the old base, so that unmerge
   /// restores it bit for bit. Results that are not finite are refused before
   /// anything is written. An adapter that is already merged is an error.
-  void merge() {
-    detail::merge_adapter(state());
-  }
-  void unmerge() {
-    detail::unmerge_adapter(state());
-  }
+  void merge();
+  void unmerge();
   bool is_merged() const {
     return state().merged;
   }
 
   /// Takes the adapter off the model for good. When the last one goes, the
   /// model is the plain module it was, requires_grad included.
-  void detach() {
-    state();
-    detail::detach_adapter(state_);
-  }
+  void detach();
 
   /// For methods and files: what stands behind the handle.
   const std::shared_ptr<detail::AdapterState>& shared_state() const {

@@ -422,4 +422,11 @@ commit(torch::nn::Module& root, const std::string& name, Plan plan) {
 
 } // namespace detail
 
+inline void Adapter::detach() {
+  state();
+  detail::detach_adapter(state_);
+}
+
 } // namespace peft
+
+#include <peft/core/merge.h> // an Adapter can merge wherever it can be attached

@@ -216,6 +216,14 @@ inline void merge_for_good(const States& states) {
 
 } // namespace detail
 
+inline void Adapter::merge() {
+  detail::merge_adapter(state());
+}
+
+inline void Adapter::unmerge() {
+  detail::unmerge_adapter(state());
+}
+
 /// Folds every enabled adapter of `model` into its weights and leaves a plain
 /// torch::nn module: no tag, no extra child, the operators of the base. The old
 /// base is let go. Disabled adapters are dropped without being folded. Results
