@@ -4,6 +4,8 @@
 
 #include "train.h"
 
+#include <torch/utils.h>
+
 #include <vector>
 
 namespace gloss {
@@ -22,6 +24,22 @@ struct ProbeResult {
   TrainResult training; ///< of the final fit
 };
 
+/// One thread while it lives: steps this small wait longer than they work.
+class OneThread {
+ public:
+  OneThread() {
+    torch::set_num_threads(1);
+  }
+  ~OneThread() {
+    torch::set_num_threads(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_ = torch::get_num_threads();
+};
+
 /// Fits a linear classifier on `features` `[examples, hidden]`.
 inline torch::nn::Linear fit_probe(
     const torch::Tensor& features,
@@ -30,6 +48,7 @@ inline torch::nn::Linear fit_probe(
     const ProbeSettings& settings,
     uint64_t seed,
     TrainResult& result) {
+  const OneThread one_thread;
   torch::manual_seed(seed);
   torch::nn::Linear head(features.size(1), num_labels);
   torch::optim::AdamW optimizer(
