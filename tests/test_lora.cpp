@@ -774,3 +774,40 @@ TEST_CASE("training by attach is training by hand") {
     }
   }
 }
+
+TEST_CASE("files of adapters on tied weights") {
+  seed();
+  const Tensor ids = torch::tensor({{1, 4, 10}, {0, 4, 2}});
+  networks::Words model("emb", "out", /*tied=*/true);
+  networks::Words same("emb", "out", /*tied=*/true);
+  {
+    torch::NoGradGuard no_grad;
+    same.emb->weight.copy_(model.emb->weight);
+  }
+  const Warnings warnings;
+  for (const auto& targets :
+       {Targets("emb"), Targets("out"), Targets({"emb", "out"})}) {
+    INFO(targets.names().front() << " of " << targets.names().size());
+    TemporaryDirectory folder;
+    auto adapter =
+        peft::attach(model, LoraOptions(2).targets(targets).init("random"));
+    peft::save(adapter, folder.path().string());
+    auto loaded = peft::load(same, folder.path().string());
+    CHECK(equal_bits(same.forward(ids), model.forward(ids)));
+    adapter.detach();
+    loaded.detach();
+  }
+
+  // Two adapters for what is one tensor here, as PEFT would write them.
+  networks::Words apart("emb", "out", /*tied=*/false);
+  TemporaryDirectory folder;
+  auto two = peft::attach(
+      apart, LoraOptions(2).targets({"emb", "out"}).init("random"));
+  peft::save(two, folder.path().string());
+  const auto before = state_of(model);
+  const auto error =
+      error_of([&] { peft::load(model, folder.path().string()); });
+  CHECK(contains(error, "two tied weights, 'emb.weight' and 'out.weight'"));
+  CHECK(contains(error, "untie them"));
+  CHECK(same_state(state_of(model), before));
+}

@@ -266,12 +266,8 @@ inline Adapter load(
     const std::string& folder,
     const std::string& name = "default",
     const LoadOptions& options = {}) {
-  std::string config;
-  auto plan = detail::plan_from_folder(
-      describe_network(model), folder, options, config);
-  Adapter adapter = detail::commit(model, name, std::move(plan));
-  adapter.shared_state()->loaded_config = std::move(config);
-  return adapter;
+  return detail::load_onto(
+      model, describe_network(model), folder, name, options);
 }
 
 /// A deep copy with adapters of its own; the class and its code are shared.

@@ -205,9 +205,8 @@ inline void refuse_detached_in_torchscript(const Tensor& value) {
   TORCH_CHECK(
       !(value.requires_grad() && at::GradMode::is_enabled() &&
         !torch::jit::currentCallstack().empty()),
-      "peft: TorchScript detached an adapted weight, whose adapter would get "
-      "no "
-      "gradients: its executor keeps a plan from earlier training of this "
+      "peft: TorchScript detached an adapted weight, and its adapter would get "
+      "no gradients: the executor keeps a plan from earlier training of this "
       "module. Call peft::forget_plans(model) first, or run inference under "
       "torch::NoGradGuard");
 }

@@ -183,18 +183,14 @@ repeats_base(const Plan& plan, const std::string& key, const Tensor& value) {
   return false;
 }
 
-/// A weight of the network that is tied to another one which the plan does not
-/// name: "a and b", or "".
-inline std::string half_tied(const Plan& plan, const Network& network) {
+/// Two tied weights of which the plan adapts one, or both apart: "'a' and 'b'",
+/// or "".
+inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
   for (const auto& site : plan.sites) {
     for (const auto& layer : network) {
       for (const auto& p : layer.parameters) {
         const std::string path = layer.path(p.first);
-        const bool named =
-            std::any_of(plan.sites.begin(), plan.sites.end(), [&](auto& s) {
-              return s.parameter == path;
-            });
-        if (!named && is_tied(p.second, site.tensor)) {
+        if (path != site.parameter && is_tied(p.second, site.tensor)) {
           return "'" + site.parameter + "' and '" + path + "'";
         }
       }
@@ -613,15 +609,17 @@ inline Plan plan_from_folder(
   }
   bool adapts_ties = false;
   const auto tensors = read_adapter_weights(folder, adapts_ties);
-  const auto ties = half_tied(result, network);
+  const auto ties = adapts_ties_apart(result, network);
   TORCH_CHECK(
       ties.empty() || adapts_ties || !options.strict(),
       "peft: the adapter in '",
       folder,
-      "' adapts one of two tied weights, ",
+      "' adapts two tied weights, ",
       ties,
-      ". They are one tensor in this model and can only be adapted together; "
-      "untie them, or load with strict(false) to adapt both");
+      ", one without the other or each in its own way. They are one tensor in "
+      "this model and can only be adapted together; untie them, or load with "
+      "strict(false) to adapt both as the first that is named");
+  drop_tied(result.sites);
   fill_plan(result, tensors, folder, options.strict());
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
@@ -690,6 +688,25 @@ inline void save(const Adapter& adapter, const std::string& folder) {
   config.write((fs::path(folder) / detail::kConfigFile).string());
 }
 
+namespace detail {
+
+/// load() for any kind of model that commit() takes.
+template <class Model>
+Adapter load_onto(
+    Model& model,
+    const Network& network,
+    const std::string& folder,
+    const std::string& name,
+    const LoadOptions& options) {
+  std::string config;
+  auto plan = plan_from_folder(network, folder, options, config);
+  Adapter adapter = commit(model, name, std::move(plan));
+  adapter.shared_state()->loaded_config = std::move(config);
+  return adapter;
+}
+
+} // namespace detail
+
 /// Attaches the adapter that `folder` holds, written by libpeft or by HF PEFT,
 /// under `name`. All or nothing: missing, unexpected and misshaped keys are one
 /// error that lists them. Parameters of half precision become float32.
@@ -698,12 +715,8 @@ inline Adapter load(
     const std::string& folder,
     const std::string& name = "default",
     const LoadOptions& options = {}) {
-  std::string config;
-  auto plan = detail::plan_from_folder(
-      describe_network(model), folder, options, config);
-  Adapter adapter = detail::commit(model, name, std::move(plan));
-  adapter.shared_state()->loaded_config = std::move(config);
-  return adapter;
+  return detail::load_onto(
+      model, describe_network(model), folder, name, options);
 }
 
 } // namespace peft
