@@ -1,0 +1,303 @@
+#pragma once
+
+// Where prompts and prefixes enter a transformer: in front of its tokens, as
+// embeddings, or in front of its keys and values, as if they stood in the cache
+// already. A network of one's own takes two lines:
+//
+//   extra_tokens = register_module("extra_tokens", peft::ExtraTokens(
+//       peft::ExtraTokensOptions(hidden_size, layers, heads, head_dim)));
+//   ...
+//   auto tokens = extra_tokens->forward({embeds, attention_mask});  // forward
+//
+// and goes on with tokens.embeds and tokens.attention_mask, numbers positions
+// by tokens.positions(), and lets each attention take its keys and values from
+// tokens.key_values(), where that is not null.
+
+#include <peft/core/call_site.h>
+
+#include <torch/arg.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/functional/padding.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+/// Keys and values of the attentions of one stack, `[batch, heads, length,
+/// head_dim]` a layer, after any rotation: a decoder's cache between steps.
+struct KeyValues {
+  std::vector<Tensor> keys;
+  std::vector<Tensor> values;
+  /// How many of the tokens in front are an adapter's.
+  int64_t virtual_tokens = 0;
+  /// Whether update() stores what it returns.
+  bool grows = true;
+
+  /// Tokens held at a layer; 0 when there are none.
+  int64_t length(size_t layer = 0) const {
+    return layer < keys.size() && keys[layer].defined() ? keys[layer].size(2)
+                                                        : 0;
+  }
+
+  /// All keys and values of a layer once `key` and `value` stand at its end.
+  std::pair<Tensor, Tensor>
+  update(size_t layer, const Tensor& key, const Tensor& value) {
+    std::pair<Tensor, Tensor> all{key, value};
+    if (length(layer) > 0) {
+      all = {
+          at::cat({keys[layer].to(key.scalar_type()), key}, 2),
+          at::cat({values[layer].to(value.scalar_type()), value}, 2)};
+    }
+    if (grows) {
+      if (layer >= keys.size()) {
+        keys.resize(layer + 1);
+        values.resize(layer + 1);
+      }
+      keys[layer] = all.first;
+      values[layer] = all.second;
+    }
+    return all;
+  }
+};
+
+/// What flows into a stack of layers.
+struct TokenInputs {
+  TokenInputs(
+      Tensor embeds_,
+      Tensor attention_mask_ = {},
+      Tensor position_ids_ = {},
+      KeyValues* cache_ = nullptr)
+      : embeds(std::move(embeds_)),
+        attention_mask(std::move(attention_mask_)),
+        position_ids(std::move(position_ids_)),
+        cache(cache_) {}
+
+  Tensor embeds; // [batch, length, hidden], before positions are added
+  /// `[batch, cached + length]`, 1 for a token, 0 for padding; undefined where
+  /// nothing is padded.
+  Tensor attention_mask;
+  Tensor position_ids; // [batch or 1, length], undefined: see positions()
+  KeyValues* cache; // the caller's, or null
+  KeyValues prefix; // an adapter's, where the caller has no cache
+  int64_t prepended = 0; // embeddings put in front by adapters in this call
+
+  /// What the attentions put in front of their own keys and values; null where
+  /// there is nothing.
+  KeyValues* key_values() {
+    return cache != nullptr         ? cache
+        : prefix.virtual_tokens > 0 ? &prefix
+                                    : nullptr;
+  }
+
+  /// Tokens that stand before `embeds`.
+  int64_t past() const {
+    return cache != nullptr ? cache->length() : prefix.length();
+  }
+
+  /// The position of every embedding, `[batch or 1, length]`: as given, or
+  /// counted from the tokens before them, as HF's models do.
+  Tensor positions() const {
+    if (position_ids.defined()) {
+      return position_ids;
+    }
+    const auto begin = past();
+    return at::arange(
+               begin,
+               begin + embeds.size(1),
+               at::TensorOptions(at::kLong).device(embeds.device()))
+        .unsqueeze(0);
+  }
+
+  /// A `[batch, length]` tensor of the tokens (token types, say) with `value`
+  /// for the embeddings that adapters put in front.
+  Tensor extend(const Tensor& per_token, double value) const {
+    return prepended == 0 || !per_token.defined()
+        ? per_token
+        : at::constant_pad_nd(per_token, {prepended, 0}, value);
+  }
+};
+
+/// Labels `[batch, length]` for logits of a longer sequence: the tokens that a
+/// prompt put in front get `ignore_index`, so that a loss passes over them.
+inline Tensor extend_labels(
+    const Tensor& labels,
+    const Tensor& logits,
+    int64_t ignore_index = -100) {
+  TORCH_CHECK_VALUE(
+      labels.dim() == 2 && logits.dim() == 3 &&
+          labels.size(0) == logits.size(0) && labels.size(1) <= logits.size(1),
+      "peft: extend_labels takes labels [batch, length] and logits [batch, "
+      "length or more, classes], got ",
+      labels.sizes(),
+      " and ",
+      logits.sizes());
+  return at::constant_pad_nd(
+      labels, {logits.size(1) - labels.size(1), 0}, ignore_index);
+}
+
+/// A delta of extra tokens. It gives embeddings, or keys and values.
+class TokensDelta : public CallDelta {
+ public:
+  using CallDelta::CallDelta;
+
+  virtual int64_t num_virtual_tokens() const = 0;
+
+  /// `[virtual tokens, hidden]`; undefined for one of keys and values.
+  virtual Tensor embeddings(double /*scale*/) const {
+    return {};
+  }
+
+  /// Keys and values, `[heads, virtual tokens, head_dim]` a layer (undefined
+  /// for a layer that is left alone); empty for one of embeddings.
+  virtual KeyValues key_values(double /*scale*/) const {
+    return {};
+  }
+};
+
+/// Options for ExtraTokens: what a method must know of the stack behind it.
+struct ExtraTokensOptions {
+  ExtraTokensOptions(
+      int64_t hidden_size,
+      int64_t num_layers,
+      int64_t num_heads,
+      int64_t head_dim)
+      : hidden_size_(hidden_size),
+        num_layers_(num_layers),
+        num_heads_(num_heads),
+        head_dim_(head_dim) {}
+
+  TORCH_ARG(int64_t, hidden_size);
+  TORCH_ARG(int64_t, num_layers);
+  /// Heads of keys and values, fewer than the queries' where they are shared.
+  TORCH_ARG(int64_t, num_heads);
+  TORCH_ARG(int64_t, head_dim);
+  /// Rows of a table of positions, which virtual tokens take a part of; absent
+  /// where positions have no end.
+  TORCH_ARG(std::optional<int64_t>, max_positions);
+  /// The token embedding's name beside this site, from which prompts can be
+  /// initialised.
+  TORCH_ARG(std::string, word_embeddings);
+  /// Which attentions are fed: "encoder", "decoder", or "cross" for the keys
+  /// and values that a decoder makes of its encoder's result (those take no
+  /// embeddings).
+  TORCH_ARG(std::string, stack) = "encoder";
+};
+
+/// The call site of extra tokens, one for each stack.
+class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
+                        public CallSite {
+ public:
+  explicit ExtraTokensImpl(ExtraTokensOptions options_)
+      : options(std::move(options_)) {}
+
+  void reset() override {
+    reset_site();
+  }
+
+  /// An archive without the site loads, and one with it adds nothing.
+  bool is_serializable() const override {
+    return false;
+  }
+
+  /// Puts the active adapters' tokens in front; what was attached last comes
+  /// first. Into a cache that holds tokens already nothing is put again.
+  TokenInputs forward(TokenInputs tokens) const {
+    const bool continues =
+        tokens.cache != nullptr && tokens.cache->length() > 0;
+    if (continues) {
+      make_room(tokens, tokens.cache->virtual_tokens, 0);
+      return tokens;
+    }
+    for (const auto& [delta, scale] : active<TokensDelta>()) {
+      const int64_t count = delta->num_virtual_tokens();
+      const Tensor rows = delta->embeddings(scale);
+      if (rows.defined()) {
+        make_room(tokens, count, count);
+        tokens.prepended += count;
+        tokens.embeds = at::cat(
+            {rows.to(tokens.embeds.options())
+                 .unsqueeze(0)
+                 .expand({tokens.embeds.size(0), -1, -1}),
+             tokens.embeds},
+            1);
+        if (tokens.cache != nullptr) {
+          tokens.cache->virtual_tokens += count;
+        }
+      } else {
+        make_room(tokens, count, 0);
+        put(tokens, delta->key_values(scale), count);
+      }
+    }
+    if (options.max_positions()) {
+      TORCH_CHECK(
+          tokens.past() + tokens.embeds.size(1) <= *options.max_positions(),
+          "peft: ",
+          tokens.past() + tokens.embeds.size(1),
+          " tokens, the adapter's included, are more than the ",
+          *options.max_positions(),
+          " positions of this model; truncate the input");
+    }
+    return tokens;
+  }
+
+  void pretty_print(std::ostream& stream) const override {
+    stream << "peft::ExtraTokens(" << options.stack() << ")";
+  }
+
+  ExtraTokensOptions options;
+
+ private:
+  /// Lets the mask and the positions know of `count` tokens in front, of which
+  /// `embedded` are numbered here.
+  static void make_room(TokenInputs& tokens, int64_t count, int64_t embedded) {
+    if (count == 0) {
+      return;
+    }
+    if (tokens.attention_mask.defined()) {
+      tokens.attention_mask =
+          at::constant_pad_nd(tokens.attention_mask, {count, 0}, 1);
+    }
+    if (tokens.position_ids.defined()) {
+      Tensor shifted = tokens.position_ids + count;
+      if (embedded > 0) {
+        shifted = at::cat(
+            {at::arange(embedded, shifted.options())
+                 .unsqueeze(0)
+                 .expand({shifted.size(0), -1}),
+             shifted},
+            1);
+      }
+      tokens.position_ids = shifted;
+    }
+  }
+
+  /// Puts keys and values in front of what the layers will see.
+  static void put(TokenInputs& tokens, KeyValues added, int64_t count) {
+    KeyValues& target = tokens.cache != nullptr ? *tokens.cache : tokens.prefix;
+    target.grows = tokens.cache != nullptr;
+    target.virtual_tokens += count;
+    target.keys.resize(added.keys.size());
+    target.values.resize(added.values.size());
+    const auto batch = tokens.embeds.size(0);
+    const auto spread = [&](const Tensor& t) {
+      return t.to(tokens.embeds.options())
+          .unsqueeze(0)
+          .expand({batch, -1, -1, -1});
+    };
+    for (size_t i = 0; i < added.keys.size(); ++i) {
+      const bool more = target.keys[i].defined();
+      const Tensor key = spread(added.keys[i]);
+      const Tensor value = spread(added.values[i]);
+      target.keys[i] = more ? at::cat({key, target.keys[i]}, 2) : key;
+      target.values[i] = more ? at::cat({value, target.values[i]}, 2) : value;
+    }
+  }
+};
+TORCH_MODULE(ExtraTokens);
+
+} // namespace peft
