@@ -282,66 +282,79 @@ inline const Tensor& root_of(const Tensor& t, const AdaptedMeta& meta) {
   return meta.view ? meta.root : t;
 }
 
-/// Applies the output transforms that sit on the bias behind `meta`.
-inline Tensor
-apply_outputs(const Tensor& bias, const AdaptedMeta* meta, Tensor y) {
+/// Applies the output transforms that sit on `t`, the bias of a layer or the
+/// weight of one without, to the layer's result.
+inline Tensor apply_outputs(const Tensor& t, Tensor y) {
+  const auto* meta = tag_of(t);
   if (meta == nullptr || !meta->site->has_output()) {
     return y;
   }
   const std::shared_ptr<Site> site = meta->site;
+  const ActiveEntries active = site->active_outputs(root_of(t, *meta));
+  if (active.empty()) {
+    return y;
+  }
+  TORCH_CHECK(
+      t.numel() == c10::multiply_integers(site->sizes),
+      "peft: an adapter acts on the output of a layer of which only a part, ",
+      t.sizes(),
+      " of ",
+      at::IntArrayRef(site->sizes),
+      ", is used here; attach it to a layer that is used whole");
   // The user's callable may hold adapted layers: the key is active again.
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   c10::impl::ForceDispatchKeyGuard guard(
       tls.included_, tls.excluded_.remove(kAdaptedKey));
-  for (const auto& entry : site->active_outputs(root_of(bias, *meta))) {
+  for (const auto& entry : active) {
     y = entry.delta->output(y, entry.scale);
   }
   return y;
+}
+
+/// The same for a layer with this weight and, maybe, bias.
+inline Tensor apply_outputs(
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    Tensor y) {
+  y = apply_outputs(weight, std::move(y));
+  return bias ? apply_outputs(*bias, std::move(y)) : y;
 }
 
 // ----------------------------------------------------------------------------
 // Fast paths
 // ----------------------------------------------------------------------------
 
-inline Tensor
-run_linear(const ActiveEntries& active, size_t level, const LinearCall& call) {
-  if (level == 0) {
-    return at::linear(call.x, call.weight, call.bias);
-  }
-  auto next = [&](const LinearCall& c) {
-    return run_linear(active, level - 1, c);
-  };
-  const auto& entry = active[level - 1];
-  return entry.delta->linear(call, {next, level == 1}, entry.scale);
+inline Tensor run_base(const LinearCall& call) {
+  return at::linear(call.x, call.weight, call.bias);
+}
+inline Tensor run_base(const EmbeddingCall& call) {
+  return at::embedding(
+      call.weight, call.indices, call.padding_idx, call.scale_grad_by_freq);
+}
+inline Tensor run_base(const ConvolutionCall& call) {
+  return functional::convolution(call.x, call.weight, call.bias, call.args);
 }
 
-inline Tensor run_embedding(
-    const ActiveEntries& active,
-    size_t level,
-    const EmbeddingCall& call) {
-  if (level == 0) {
-    return at::embedding(
-        call.weight, call.indices, call.padding_idx, call.scale_grad_by_freq);
-  }
-  auto next = [&](const EmbeddingCall& c) {
-    return run_embedding(active, level - 1, c);
-  };
-  const auto& entry = active[level - 1];
-  return entry.delta->embedding(call, {next, level == 1}, entry.scale);
-}
+/// How a delta takes part in a call of some kind.
+template <class Call>
+using FastPath =
+    Tensor (Delta::*)(const Call&, const Below<Call>&, double) const;
 
-inline Tensor run_convolution(
+/// The lowest `level` deltas around the base operator, the last one outermost.
+template <class Call>
+Tensor run_fast(
     const ActiveEntries& active,
     size_t level,
-    const ConvolutionCall& call) {
+    FastPath<Call> path,
+    const Call& call) {
   if (level == 0) {
-    return functional::convolution(call.x, call.weight, call.bias, call.args);
+    return run_base(call);
   }
-  auto next = [&](const ConvolutionCall& c) {
-    return run_convolution(active, level - 1, c);
+  auto next = [&](const Call& c) {
+    return run_fast(active, level - 1, path, c);
   };
   const auto& entry = active[level - 1];
-  return entry.delta->convolution(call, {next, level == 1}, entry.scale);
+  return (entry.delta->*path)(call, {next, level == 1}, entry.scale);
 }
 
 template <class Capability>
@@ -378,7 +391,7 @@ inline Tensor fast_linear(
   }
   LinearCall call{
       x, matrix, bias, meta->rows, multiplies_by_w != meta->transposed};
-  Tensor y = run_linear(active, active.size(), call);
+  Tensor y = run_fast(active, active.size(), &Delta::linear, call);
   refuse_optimised_torchscript(y);
   return guard_merged(std::move(y), *site);
 }
@@ -407,7 +420,6 @@ inline Tensor linear_kernel(
     const Tensor& x,
     const Tensor& w,
     const std::optional<Tensor>& bias) {
-  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
   const auto b = plain(bias);
@@ -415,21 +427,27 @@ inline Tensor linear_kernel(
   if (!y.defined()) {
     y = guard_result(at::linear(input, operand(w), b), w);
   }
-  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
+  return apply_outputs(w, bias, std::move(y));
 }
 
 inline Tensor matmul_kernel(const Tensor& x, const Tensor& w) {
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
   Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
-  return y.defined() ? y : guard_result(at::matmul(input, operand(w)), w);
+  if (!y.defined()) {
+    y = guard_result(at::matmul(input, operand(w)), w);
+  }
+  return apply_outputs(w, std::move(y));
 }
 
 inline Tensor mm_kernel(const Tensor& x, const Tensor& w) {
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
   Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
-  return y.defined() ? y : guard_result(at::mm(input, operand(w)), w);
+  if (!y.defined()) {
+    y = guard_result(at::mm(input, operand(w)), w);
+  }
+  return apply_outputs(w, std::move(y));
 }
 
 inline Tensor addmm_kernel(
@@ -438,7 +456,6 @@ inline Tensor addmm_kernel(
     const Tensor& w,
     const at::Scalar& beta,
     const at::Scalar& alpha) {
-  auto* bias_meta = tag_of(bias);
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
   const Tensor b = plain(bias);
@@ -450,7 +467,7 @@ inline Tensor addmm_kernel(
   if (!y.defined()) {
     y = guard_result(at::addmm(b, input, operand(w), beta, alpha), w);
   }
-  return apply_outputs(bias, bias_meta, std::move(y));
+  return apply_outputs(w, bias, std::move(y));
 }
 
 inline Tensor&
@@ -469,8 +486,7 @@ add__kernel(Tensor& self, const Tensor& other, const at::Scalar& alpha) {
         alpha);
   }
   if (!meta->site->active_outputs(root_of(other, *meta)).empty()) {
-    return self.copy_(
-        apply_outputs(other, meta, at::add(self, plain(other), alpha)));
+    return self.copy_(apply_outputs(other, at::add(self, plain(other), alpha)));
   }
   return self.add_(plain(other), alpha);
 }
@@ -491,22 +507,17 @@ inline Tensor embedding_kernel(
         !w.requires_grad()) {
       EmbeddingCall call{
           base_of(w), plain(indices), padding_idx, scale_grad_by_freq};
-      Tensor y = run_embedding(active, active.size(), call);
+      Tensor y = run_fast(active, active.size(), &Delta::embedding, call);
       refuse_optimised_torchscript(y);
-      return guard_merged(std::move(y), *site);
+      return apply_outputs(w, guard_merged(std::move(y), *site));
     }
   }
   const Tensor table = operand(w);
   // A dense function of the adapter has no sparse gradient to give.
   const bool can_be_sparse = sparse && (meta == nullptr || table.is_leaf());
-  return guard_result(
-      at::embedding(
-          table,
-          plain(indices),
-          padding_idx,
-          scale_grad_by_freq,
-          can_be_sparse),
-      w);
+  Tensor y = at::embedding(
+      table, plain(indices), padding_idx, scale_grad_by_freq, can_be_sparse);
+  return apply_outputs(w, guard_result(std::move(y), w));
 }
 
 [[noreturn]] inline Tensor& embedding_renorm__kernel(
@@ -528,7 +539,6 @@ inline Tensor adapted_convolution(
     const std::optional<Tensor>& bias,
     const functional::ConvolutionArgs& args) {
   auto* meta = tag_of(w);
-  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
   const auto b = plain(bias);
@@ -538,7 +548,11 @@ inline Tensor adapted_convolution(
     const ActiveEntries active = site->active(w);
     if (all_have(active, &Delta::has_convolution)) {
       const Tensor kernel = at::GradMode::is_enabled() ? base_of(w) : w;
-      y = run_convolution(active, active.size(), {input, kernel, b, args});
+      y = run_fast(
+          active,
+          active.size(),
+          &Delta::convolution,
+          ConvolutionCall{input, kernel, b, args});
       refuse_optimised_torchscript(y);
       y = guard_merged(std::move(y), *site);
     }
@@ -546,7 +560,7 @@ inline Tensor adapted_convolution(
   if (!y.defined()) {
     y = guard_result(functional::convolution(input, operand(w), b, args), w);
   }
-  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
+  return apply_outputs(w, bias, std::move(y));
 }
 
 /// conv1d, conv2d and conv3d differ only in the rank of their weight.
@@ -593,7 +607,6 @@ inline Tensor traced_convolution_kernel(
     return adapted_convolution(
         x, w, bias, {stride, padding, dilation, groups, {}});
   }
-  auto* bias_meta = bias ? tag_of(*bias) : nullptr;
   NoTagGuard guard(kAdaptedKey);
   Tensor y = guard_result(
       at::_convolution(
@@ -611,7 +624,51 @@ inline Tensor traced_convolution_kernel(
           cudnn_enabled,
           allow_tf32),
       w);
-  return bias_meta ? apply_outputs(*bias, bias_meta, std::move(y)) : y;
+  return apply_outputs(w, bias, std::move(y));
+}
+
+/// The transforms on a normalisation's weight and bias, each around the ones
+/// before it.
+inline Tensor layer_norm_kernel(
+    const Tensor& x,
+    at::IntArrayRef shape,
+    const std::optional<Tensor>& w,
+    const std::optional<Tensor>& bias,
+    double eps,
+    bool cudnn_enable) {
+  ActiveEntries around;
+  std::vector<std::shared_ptr<Site>> held;
+  for (const auto* t : {&w, &bias}) {
+    const auto* meta = *t ? tag_of(**t) : nullptr;
+    if (meta != nullptr && meta->site->has_output()) {
+      held.push_back(meta->site);
+      const auto active = meta->site->active_outputs(root_of(**t, *meta));
+      around.append(active.begin(), active.end());
+    }
+  }
+  NoTagGuard guard(kAdaptedKey);
+  const auto weight = plain(w);
+  const auto b = plain(bias);
+  const auto norm = [&](const Tensor& v) {
+    return at::layer_norm(v, shape, weight, b, eps, cudnn_enable);
+  };
+  if (around.empty()) {
+    return norm(plain(x));
+  }
+  std::function<Tensor(const Tensor&, size_t)> level = [&](const Tensor& v,
+                                                           size_t i) -> Tensor {
+    if (i == 0) {
+      return norm(v);
+    }
+    const auto& entry = around[i - 1];
+    return entry.delta->around_norm(
+        v, [&](const Tensor& u) { return level(u, i - 1); }, entry.scale);
+  };
+  const Tensor input = plain(x);
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  c10::impl::ForceDispatchKeyGuard active_again(
+      tls.included_, tls.excluded_.remove(kAdaptedKey));
+  return level(input, around.size());
 }
 
 // ----------------------------------------------------------------------------
@@ -1022,19 +1079,19 @@ inline bool changes_shape(
   return names.count(name) != 0;
 }
 
-/// Where a bias carries an output transform: operators whose result is the
-/// layer's output, and operators that merely read the bias.
-inline bool adds_bias(const std::string& name) {
+/// Where a tensor carries an output transform: operators whose result is the
+/// layer's output (a sum, where the tensor is a bias), and operators that
+/// merely read it.
+inline bool gives_output(const std::string& name, const Tensor& t) {
   static const std::unordered_set<std::string> names{
-      "aten::add",
       "aten::convolution",
       "aten::conv_transpose1d",
       "aten::conv_transpose2d",
       "aten::conv_transpose3d",
       "aten::layer_norm"};
-  return names.count(name) != 0;
+  return names.count(name) != 0 || (name == "aten::add" && t.dim() == 1);
 }
-inline bool only_reads_bias(const std::string& name) {
+inline bool only_reads(const std::string& name) {
   static const std::unordered_set<std::string> names{
       "aten::clone",
       "aten::copy_",
@@ -1060,7 +1117,7 @@ inline void fallback(
   bool writes_tagged = false;
   std::optional<size_t> viewed;
   std::vector<Tensor> written;
-  Tensor output_bias;
+  Tensor output_at;
   for (size_t i = 0; i < count; ++i) {
     const c10::IValue& value = (*stack)[first + i];
     const bool writes = is_written(arguments[i]);
@@ -1079,7 +1136,7 @@ inline void fallback(
       auto* meta = tag_of(t);
       if (meta != nullptr && meta->site->has_output() &&
           !meta->site->active_outputs(root_of(t, *meta)).empty()) {
-        output_bias = t;
+        output_at = t;
       }
     });
   }
@@ -1109,15 +1166,14 @@ inline void fallback(
     return;
   }
 
-  const bool bias_add =
-      output_bias.defined() && !writes_tagged && adds_bias(name);
+  const bool is_output =
+      output_at.defined() && !writes_tagged && gives_output(name, output_at);
   TORCH_CHECK(
-      !output_bias.defined() || writes_tagged || bias_add ||
-          only_reads_bias(name),
-      "peft: an adapter acts where this bias is added, and ",
+      !output_at.defined() || writes_tagged || is_output || only_reads(name),
+      "peft: an adapter acts on this layer's output, and ",
       name,
-      " does not say where the layer's output is; attach it to a layer that "
-      "adds its bias by linear, conv or +");
+      " does not say where that is; attach it to a layer that uses its weight "
+      "and bias by linear, conv, layer_norm or +");
 
   for (size_t i = 0; i < count; ++i) {
     c10::IValue& value = (*stack)[first + i];
@@ -1145,10 +1201,9 @@ inline void fallback(
     });
   }
   op.callBoxed(stack);
-  if (bias_add) {
+  if (is_output) {
     Tensor y = stack->back().toTensor();
-    stack->back() =
-        apply_outputs(output_bias, tag_of(output_bias), std::move(y));
+    stack->back() = apply_outputs(output_at, std::move(y));
   }
 }
 
@@ -1197,6 +1252,7 @@ inline void register_kernels() {
         TORCH_FN(convolution_padding_kernel));
   }
   aten->impl("_convolution", TORCH_FN(traced_convolution_kernel));
+  aten->impl("layer_norm", TORCH_FN(layer_norm_kernel));
   aten->impl("t", TORCH_FN(t_kernel));
   aten->impl("to.device", TORCH_FN(to_device_kernel));
   aten->impl("to.dtype", TORCH_FN(to_dtype_kernel));

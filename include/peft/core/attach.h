@@ -16,13 +16,14 @@ namespace peft {
 
 namespace detail {
 
-/// One delta that a method wants at one parameter.
+/// One delta that a method wants at one parameter, or at one call site.
 struct PlannedSite {
   std::string name;
-  std::string parameter; // full path below the root
+  std::string parameter; // full path below the root, or the call site's
   std::string file_prefix;
-  Tensor tensor;
+  Tensor tensor; // undefined at a call site
   std::shared_ptr<Delta> delta;
+  std::shared_ptr<Site> call_site{};
 };
 
 /// What a method wants to do to a network. Making one changes nothing.
@@ -63,13 +64,15 @@ inline void check_adaptable(const Tensor& t, const std::string& name) {
 /// Whether two tensors are the same numbers: one tensor, or one storage seen
 /// through the same window.
 inline bool is_tied(const Tensor& a, const Tensor& b) {
+  if (!a.defined() || !b.defined()) {
+    return false;
+  }
   if (a.is_same(b)) {
     return true;
   }
-  return a.defined() && b.defined() && a.has_storage() && b.has_storage() &&
-      a.numel() > 0 && a.is_alias_of(b) &&
-      a.storage_offset() == b.storage_offset() && a.sizes() == b.sizes() &&
-      a.strides() == b.strides();
+  return a.has_storage() && b.has_storage() && a.numel() > 0 &&
+      a.is_alias_of(b) && a.storage_offset() == b.storage_offset() &&
+      a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
 /// Registers `delta` below `node` at its parameter's path, so that its tensors
@@ -137,29 +140,36 @@ inline void tag_sites(
     const std::vector<PlannedSite>& planned,
     const std::vector<std::pair<std::string, Tensor>>& all) {
   for (const auto& plan : planned) {
-    check_adaptable(plan.tensor, plan.parameter);
-    if (auto* meta = tag_of(plan.tensor)) {
-      TORCH_CHECK(
-          !meta->view && !meta->transposed,
-          "peft: '",
-          plan.parameter,
-          "' is a view of an adapted weight; attach to the weight itself");
-      for (const auto& entry : meta->site->entries) {
+    const Site* site = plan.call_site.get();
+    if (site == nullptr) {
+      check_adaptable(plan.tensor, plan.parameter);
+      if (auto* meta = tag_of(plan.tensor)) {
         TORCH_CHECK(
-            entry.adapter->name != state->name,
+            !meta->view && !meta->transposed,
             "peft: '",
             plan.parameter,
-            "' already carries an adapter named '",
-            state->name,
-            "'; detach it or choose another name");
-        TORCH_CHECK(
-            !entry.adapter->merged,
-            "peft: adapter '",
-            entry.adapter->name,
-            "' is merged at '",
-            plan.parameter,
-            "'; unmerge() it before attaching another");
+            "' is a view of an adapted weight; attach to the weight itself");
+        site = meta->site.get();
       }
+    }
+    if (site == nullptr) {
+      continue;
+    }
+    for (const auto& entry : site->entries) {
+      TORCH_CHECK(
+          entry.adapter->name != state->name,
+          "peft: '",
+          plan.parameter,
+          "' already carries an adapter named '",
+          state->name,
+          "'; detach it or choose another name");
+      TORCH_CHECK(
+          !entry.adapter->merged,
+          "peft: adapter '",
+          entry.adapter->name,
+          "' is merged at '",
+          plan.parameter,
+          "'; unmerge() it before attaching another");
     }
   }
   ensure_registered();
@@ -168,6 +178,14 @@ inline void tag_sites(
     record.name = plan.name;
     record.file_prefix = plan.file_prefix;
     record.delta = plan.delta;
+    if (plan.call_site) {
+      record.parameters.push_back(plan.parameter);
+      record.is_call_site = true;
+      plan.call_site->entries.push_back({state, plan.delta});
+      record.site = plan.call_site;
+      state->sites.push_back(std::move(record));
+      continue;
+    }
     std::vector<Tensor> tied{plan.tensor};
     record.parameters.push_back(plan.parameter);
     for (const auto& [name, tensor] : all) {
@@ -382,6 +400,9 @@ inline std::shared_ptr<AdapterState> hang(
     }
   }
   for (const auto& record : state->sites) {
+    if (record.is_call_site) {
+      continue;
+    }
     Tensor tensor = tensor_of(*lock_site(record));
     if (tensor.is_leaf() && tensor.requires_grad()) {
       tensor.set_requires_grad(false); // a member the register does not know

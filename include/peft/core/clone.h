@@ -1,6 +1,7 @@
 #pragma once
 
 #include <peft/core/attach.h>
+#include <peft/core/call_site.h>
 
 #include <memory>
 #include <string>
@@ -58,7 +59,12 @@ inline Plan plan_copy_of(const AdapterState& state, const Network& network) {
     site.name = record.name;
     site.parameter = record.parameters.front();
     site.file_prefix = record.file_prefix;
+    site.delta = record.delta->copy();
     for (const auto& layer : network) {
+      if (record.is_call_site && layer.name == site.parameter) {
+        const auto* call = dynamic_cast<const CallSite*>(layer.module);
+        site.call_site = call != nullptr ? call->site() : nullptr;
+      }
       for (const auto& p : layer.parameters) {
         if (layer.path(p.first) == site.parameter) {
           site.tensor = p.second;
@@ -66,13 +72,25 @@ inline Plan plan_copy_of(const AdapterState& state, const Network& network) {
       }
     }
     TORCH_CHECK(
-        site.tensor.defined(),
-        "peft: the clone has no parameter '",
+        site.tensor.defined() || site.call_site,
+        "peft: the clone has no '",
         site.parameter,
         "', which carries an adapter in the original");
-    site.delta = record.delta->copy();
-    site.delta->to(site.tensor.device());
+    const Tensor like =
+        site.tensor.defined() ? site.tensor : any_parameter(network);
+    site.delta->to(like.device());
     plan.sites.push_back(std::move(site));
+  }
+  const auto copy_of = [&](const Delta* original) -> std::shared_ptr<Delta> {
+    for (size_t i = 0; i < state.sites.size(); ++i) {
+      if (state.sites[i].delta.get() == original) {
+        return plan.sites[i].delta;
+      }
+    }
+    return nullptr;
+  };
+  for (auto& site : plan.sites) {
+    site.delta->relink(copy_of);
   }
   return plan;
 }

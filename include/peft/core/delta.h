@@ -7,6 +7,7 @@
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -111,14 +112,27 @@ class Delta : public torch::nn::Module {
     return below(call);
   }
 
-  /// True for methods that act on the layer's output and sit on its bias.
+  /// True for methods that act on a layer's output. They sit on its bias, or on
+  /// the weight of a layer without one.
   virtual bool transforms_output() const {
     return false;
   }
-  /// y → f(y) at the place where the bias is added.
+  /// y → f(y), where the bias has been added.
   virtual Tensor output(const Tensor& y, double /*scale*/) const {
     return y;
   }
+  /// The same at a LayerNorm, y = norm(x), where the input is at hand too.
+  virtual Tensor around_norm(
+      const Tensor& x,
+      c10::function_ref<Tensor(const Tensor&)> norm,
+      double scale) const {
+    return output(norm(x), scale);
+  }
+
+  /// Deltas of one adapter that share state hold each other by pointer; after
+  /// all were copied, `copy_of` gives each one's copy.
+  virtual void relink(
+      const std::function<std::shared_ptr<Delta>(const Delta*)>& /*copy_of*/) {}
 
   /// Why this cannot be folded into the weight; empty when it can.
   virtual std::string merge_obstacle() const {

@@ -178,6 +178,9 @@ inline void merge_for_good(const States& states) {
       check_mergeable(*state);
     }
     for (auto& item : unique_sites(*state)) {
+      if (item.second->tensors.empty()) {
+        continue; // a call site of a disabled adapter
+      }
       for (const auto& entry : item.second->entries) {
         TORCH_CHECK(
             std::find(states.begin(), states.end(), entry.adapter) !=

@@ -279,6 +279,22 @@ inline NamedParameters stale_parameters(torch::nn::Module& module) {
 
 } // namespace detail
 
+namespace detail {
+
+/// A parameter of the network, whose device and dtype new tensors take.
+inline Tensor any_parameter(const Network& network) {
+  for (const auto& layer : network) {
+    for (const auto& p : layer.parameters) {
+      if (p.second.defined() && p.second.is_floating_point()) {
+        return p.second;
+      }
+    }
+  }
+  TORCH_CHECK(false, "peft: this network has no parameter to adapt");
+}
+
+} // namespace detail
+
 /// Every module of `root` with its own parameters, parents before children.
 inline Network describe_network(torch::nn::Module& root) {
   Network network;

@@ -25,12 +25,13 @@ struct SiteRecord {
   /// adapted ones ("self_attn.in_proj_weight").
   std::string name;
   /// Every parameter path of the tensor below the attach root; more than one
-  /// when it is tied.
+  /// when it is tied. At a call site, the site's path.
   std::vector<std::string> parameters;
+  bool is_call_site = false;
   /// Prefix of the keys in a file, ending without a dot.
   std::string file_prefix;
   std::shared_ptr<Delta> delta;
-  /// Owned by the tensor; gone with the model.
+  /// Owned by the tensor or the call site; gone with the model.
   std::weak_ptr<Site> site;
 };
 
@@ -95,8 +96,9 @@ struct ActiveEntry {
 };
 using ActiveEntries = c10::SmallVector<ActiveEntry, 4>;
 
-/// Everything that hangs on one adapted tensor; all handles and views of the
-/// tensor share it. Changing `entries` needs exclusive access to the model.
+/// Everything that hangs on one adapted tensor (all handles and views of the
+/// tensor share it) or at one call site. Changing `entries` needs exclusive
+/// access to the model.
 struct Site {
   std::vector<Entry> entries;
   /// Shape at attach; another shape means the tensor was changed under us.
