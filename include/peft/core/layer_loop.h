@@ -57,20 +57,32 @@ struct LayerCall {
     return !tokens.defined() && !context_tokens.defined();
   }
 
-  /// A mask or bias of attention, `[batch or 1, heads or 1, n or 1, n]`,
-  /// boolean or added, cut to these queries and keys. An undefined one stays so
-  /// unless a slot is empty.
-  Tensor attention(Tensor mask) const {
+  /// A mask or bias of attention, `[batch or 1, heads or 1, n or 1, past + n]`,
+  /// boolean or added, cut to these queries and keys. `past` counts the keys
+  /// that stand in front of the sequence (a cache, an adapter's); they stay,
+  /// except that a side network has none. An undefined mask stays so unless a
+  /// slot is empty.
+  Tensor attention(Tensor mask, int64_t past = 0) const {
+    if (mask.defined() && side) {
+      mask = mask.slice(3, past);
+    }
+    if (side) {
+      past = 0;
+    }
     if (mask.defined() && tokens.defined() && mask.size(2) > 1) {
       mask = pick(mask, tokens, 2);
     }
     if (mask.defined() && context_tokens.defined()) {
-      mask = pick(mask, context_tokens, 3);
+      const Tensor in_front = at::arange(past, context_tokens.options())
+                                  .unsqueeze(0)
+                                  .expand({context_tokens.size(0), -1});
+      mask = pick(mask, at::cat({in_front, context_tokens + past}, 1), 3);
     }
     if (!valid.defined()) {
       return mask;
     }
-    const Tensor open = valid.unsqueeze(1).unsqueeze(1);
+    const Tensor open =
+        at::constant_pad_nd(valid, {past, 0}, 1).unsqueeze(1).unsqueeze(1);
     if (!mask.defined()) {
       return open;
     }

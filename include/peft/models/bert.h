@@ -5,8 +5,12 @@
 // Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692.
 // Every module is registered under the name Hugging Face gives it
 // ("encoder.layer.0.attention.self.query"), so checkpoints load by name and
-// adapter files fit both ways. Nothing here knows about adapters: this is a
-// user's network.
+// adapter files fit both ways. No method is known here; extra_tokens and
+// layer_loop are the two lines that a network of one's own would copy for
+// methods that no weight can carry.
+
+#include <peft/core/extra_tokens.h>
+#include <peft/core/layer_loop.h>
 
 #include <torch/arg.h>
 #include <torch/nn/cloneable.h>
@@ -43,6 +47,27 @@ enum class Pooling {
 /// BertModel model(BertOptions().hidden_size(384).num_hidden_layers(6));
 /// ```
 struct BertOptions {
+  /// The same network with its widths divided by `reduction`.
+  BertOptions reduced(int64_t reduction) const {
+    TORCH_CHECK_VALUE(
+        reduction > 0 && hidden_size() % reduction == 0 &&
+            intermediate_size() % reduction == 0,
+        "peft: a reduction must divide hidden_size (",
+        hidden_size(),
+        ") and intermediate_size (",
+        intermediate_size(),
+        "), got ",
+        reduction);
+    return BertOptions(*this)
+        .hidden_size(hidden_size() / reduction)
+        .intermediate_size(intermediate_size() / reduction);
+  }
+
+  /// The first position of a token.
+  int64_t first_position() const {
+    return roberta_positions() ? pad_token_id() + 1 : 0;
+  }
+
   TORCH_ARG(int64_t, vocab_size) = 30522;
   TORCH_ARG(int64_t, hidden_size) = 768;
   TORCH_ARG(int64_t, num_hidden_layers) = 12;
@@ -96,14 +121,18 @@ struct BertEmbeddingsImpl : torch::nn::Cloneable<BertEmbeddingsImpl> {
         "dropout", torch::nn::Dropout(options.hidden_dropout_prob()));
   }
 
-  Tensor forward(const Tensor& input_ids, const Tensor& token_type_ids) {
-    const auto positions = position_ids(input_ids);
-    auto embedded = word_embeddings->forward(input_ids) +
-        token_type_embeddings->forward(token_type_ids) +
-        position_embeddings->forward(positions);
+  /// `words` `[batch, length, hidden]` are embedded already; `positions` count
+  /// from 0.
+  Tensor forward(
+      const Tensor& words,
+      const Tensor& positions,
+      const Tensor& token_type_ids) {
+    auto embedded = words + token_type_embeddings->forward(token_type_ids) +
+        position_embeddings->forward(positions + options.first_position());
     return dropout->forward(norm->forward(embedded));
   }
 
+  /// Rows of the table of positions. RoBERTa's leave padding out.
   Tensor position_ids(const Tensor& input_ids) const {
     if (!options.roberta_positions()) {
       return torch::arange(input_ids.size(1), input_ids.options()).unsqueeze(0);
@@ -145,18 +174,24 @@ struct BertSelfAttentionImpl : torch::nn::Cloneable<BertSelfAttentionImpl> {
     value = register_module("value", torch::nn::Linear(hidden, hidden));
   }
 
-  /// `mask` is boolean, broadcastable to `[batch, heads, length, length]`, true
-  /// where attention may look; undefined means everywhere.
-  Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
+  /// `mask` is boolean, broadcastable to `[batch, heads, queries, keys]`, true
+  /// where attention may look; undefined means everywhere. `past` holds keys
+  /// and values that stand in front, or is null.
+  Tensor forward(const LayerCall& call, const Tensor& mask, KeyValues* past) {
     const auto heads = options.num_attention_heads();
     const auto split =
         [heads](const Tensor& x) { // [batch, heads, length, hidden / heads]
           return x.unflatten(-1, {heads, x.size(-1) / heads}).transpose(1, 2);
         };
+    auto k = split(key->forward(call.context));
+    auto v = split(value->forward(call.context));
+    if (past != nullptr) {
+      std::tie(k, v) = past->update(call.layer, k, v);
+    }
     const auto context = at::scaled_dot_product_attention(
-        split(query->forward(hidden_states)),
-        split(key->forward(hidden_states)),
-        split(value->forward(hidden_states)),
+        split(query->forward(call.hidden)),
+        k,
+        v,
         mask.defined() ? std::optional<Tensor>(mask) : std::nullopt,
         is_training() ? options.attention_probs_dropout_prob() : 0.0);
     return context.transpose(1, 2).flatten(2);
@@ -211,8 +246,8 @@ struct BertAttentionImpl : torch::nn::Cloneable<BertAttentionImpl> {
         register_module("output", BertOutput(options, options.hidden_size()));
   }
 
-  Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
-    return output->forward(self->forward(hidden_states, mask), hidden_states);
+  Tensor forward(const LayerCall& call, const Tensor& mask, KeyValues* past) {
+    return output->forward(self->forward(call, mask, past), call.hidden);
   }
 
   BertOptions options;
@@ -257,8 +292,8 @@ struct BertLayerImpl : torch::nn::Cloneable<BertLayerImpl> {
         "output", BertOutput(options, options.intermediate_size()));
   }
 
-  Tensor forward(const Tensor& hidden_states, const Tensor& mask) {
-    const auto attended = attention->forward(hidden_states, mask);
+  Tensor forward(const LayerCall& call, const Tensor& mask, KeyValues* past) {
+    const auto attended = attention->forward(call, mask, past);
     return output->forward(intermediate->forward(attended), attended);
   }
 
@@ -280,17 +315,41 @@ struct BertEncoderImpl : torch::nn::Cloneable<BertEncoderImpl> {
     for (int64_t i = 0; i < options.num_hidden_layers(); ++i) {
       layer->push_back(BertLayer(options));
     }
+    layer_loop = register_module(
+        "layer_loop",
+        LayerLoop(
+            LayerLoopOptions(options.hidden_size(), options.num_hidden_layers())
+                .side_block(
+                    [options = options](int64_t /*layer*/, int64_t reduction) {
+                      return std::make_shared<BertLayerImpl>(
+                          options.reduced(reduction));
+                    })));
   }
 
-  Tensor forward(Tensor hidden_states, const Tensor& mask) {
-    for (const auto& each : *layer) {
-      hidden_states = each->as<BertLayerImpl>()->forward(hidden_states, mask);
+  /// `attention_mask` `[batch, past + length]`, 1 for a token, or undefined.
+  LayerLoopOutput forward(
+      const Tensor& hidden_states,
+      const Tensor& attention_mask,
+      KeyValues* past = nullptr) {
+    const int64_t in_front = past == nullptr ? 0 : past->length();
+    Tensor mask, own_mask;
+    if (attention_mask.defined()) {
+      mask = attention_mask.to(torch::kBool).unsqueeze(1).unsqueeze(1);
+      own_mask = attention_mask.slice(1, in_front);
     }
-    return hidden_states;
+    return layer_loop->forward(
+        hidden_states,
+        own_mask,
+        *layer,
+        [&](torch::nn::Module& each, const LayerCall& call) {
+          return each.as<BertLayerImpl>()->forward(
+              call, call.attention(mask, in_front), call.side ? nullptr : past);
+        });
   }
 
   BertOptions options;
   torch::nn::ModuleList layer{nullptr};
+  LayerLoop layer_loop{nullptr};
 };
 TORCH_MODULE(BertEncoder);
 
@@ -326,6 +385,18 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
 
   void reset() override {
     embeddings = register_module("embeddings", BertEmbeddings(options));
+    const auto heads = options.num_attention_heads();
+    extra_tokens = register_module(
+        "extra_tokens",
+        ExtraTokens(ExtraTokensOptions(
+                        options.hidden_size(),
+                        options.num_hidden_layers(),
+                        heads,
+                        options.hidden_size() / heads)
+                        .max_positions(
+                            options.max_position_embeddings() -
+                            options.first_position())
+                        .word_embeddings("embeddings.word_embeddings")));
     encoder = register_module("encoder", BertEncoder(options));
     if (options.add_pooling_layer()) {
       pooler = register_module("pooler", BertPooler(options));
@@ -341,15 +412,21 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
     check(input_ids, attention_mask);
     const auto types = token_type_ids.defined() ? token_type_ids
                                                 : torch::zeros_like(input_ids);
-    Tensor mask;
-    if (attention_mask.defined()) {
-      mask = attention_mask.to(torch::kBool).unsqueeze(1).unsqueeze(1);
-    }
-    return encoder->forward(embeddings->forward(input_ids, types), mask);
+    auto tokens = extra_tokens->forward(
+        {embeddings->word_embeddings->forward(input_ids),
+         attention_mask,
+         options.roberta_positions()
+             ? embeddings->position_ids(input_ids) - options.first_position()
+             : Tensor()});
+    const auto hidden = embeddings->forward(
+        tokens.embeds, tokens.positions(), tokens.extend(types, 0));
+    return encoder->forward(hidden, tokens.attention_mask, tokens.key_values())
+        .hidden;
   }
 
   BertOptions options;
   BertEmbeddings embeddings{nullptr};
+  ExtraTokens extra_tokens{nullptr};
   BertEncoder encoder{nullptr};
   BertPooler pooler{nullptr};
 
@@ -364,8 +441,7 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
         input_ids.dim() == 2,
         "peft: token ids must have the shape [batch, length], got ",
         input_ids.sizes());
-    const auto reserved =
-        options.roberta_positions() ? options.pad_token_id() + 1 : 0;
+    const auto reserved = options.first_position();
     TORCH_CHECK(
         input_ids.size(1) + reserved <= options.max_position_embeddings(),
         "peft: a sequence of ",
@@ -416,9 +492,10 @@ struct BertForSequenceClassificationImpl
         dropout->forward(features(input_ids, attention_mask)));
   }
 
-  /// What the head sees, `[batch, hidden]`.
+  /// What the head sees, `[batch, hidden]`. Under a prompt the first token is
+  /// the prompt's, as in HF PEFT; the mean is over the input's own tokens.
   Tensor features(const Tensor& input_ids, const Tensor& attention_mask = {}) {
-    const auto hidden = bert->forward(input_ids, attention_mask);
+    auto hidden = bert->forward(input_ids, attention_mask);
     switch (options.pooling()) {
       case Pooling::cls:
         return hidden.select(1, 0);
@@ -427,6 +504,7 @@ struct BertForSequenceClassificationImpl
       case Pooling::mean:
         break;
     }
+    hidden = hidden.slice(1, hidden.size(1) - input_ids.size(1));
     if (!attention_mask.defined()) {
       return hidden.mean(1);
     }
