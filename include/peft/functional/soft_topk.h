@@ -116,7 +116,7 @@ inline Tensor soft_topk(
     at::NoGradGuard no_grad;
     const Tensor rank = at::arange(n, problem.k.options());
     const Tensor valid = problem.mask.sum(-1, /*keepdim=*/true);
-    const Tensor u = above_kth(sorted).masked_fill(rank >= valid, -infinity);
+    const Tensor u = above_kth(sorted);
     const Tensor rest = u.flip(-1).logcumsumexp(-1).flip(-1);
     const Tensor left = (problem.k - rank).clamp_min(1).to(u.scalar_type());
     const Tensor over = u + left.log() > rest;
@@ -127,14 +127,13 @@ inline Tensor soft_topk(
                .logical_and(problem.mask);
   }
   const Tensor out = full.logical_or(closed);
-  const Tensor left = problem.k - full.sum(-1, /*keepdim=*/true);
+  const Tensor left = (problem.k - full.sum(-1, /*keepdim=*/true)).clamp_min(0);
   // A large negative number instead of -inf: a row may have nothing left.
   const Tensor share = t.masked_fill(out, -1e30).softmax(-1);
   return (share * left)
       .clamp_max(1.0)
       .masked_fill(closed, 0.0)
-      .masked_fill(full, 1.0)
-      .masked_fill(problem.mask.logical_and(s.isnan()), NAN);
+      .masked_fill(full, 1.0);
 }
 
 /// The published solver: `iterations` steps of coordinate descent with an ε
