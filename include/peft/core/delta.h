@@ -154,6 +154,12 @@ class Delta : public torch::nn::Module {
   /// ("lora_A.weight"), in file order.
   virtual std::vector<std::pair<std::string, Tensor>> file_tensors() const = 0;
 
+  /// What training goes on from and file_tensors() lacks; from_file() takes it
+  /// too.
+  virtual std::vector<std::pair<std::string, Tensor>> training_tensors() const {
+    return {};
+  }
+
   /// A parameter in the shape that a file has for it, where that differs.
   virtual Tensor to_file(const std::string& /*name*/, const Tensor& parameter)
       const {
@@ -163,7 +169,10 @@ class Delta : public torch::nn::Module {
   /// `dry_run` it only says so.
   virtual std::string
   from_file(const std::string& name, const Tensor& value, bool dry_run) {
-    for (auto& item : file_tensors()) {
+    auto known = file_tensors();
+    const auto more = training_tensors();
+    known.insert(known.end(), more.begin(), more.end());
+    for (auto& item : known) {
       if (item.first != name) {
         continue;
       }

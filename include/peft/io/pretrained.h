@@ -5,14 +5,15 @@
 //   adapter_config.json        the method and its options
 //   adapter_model.safetensors  "base_model.model." + module + ".lora_A.weight"
 //
-// What HF writes is read here, and what is written here HF reads. A method says
-// how its options stand in the config in one struct at the end of this file.
+// What HF writes is read here, and what is written here HF reads. How a method
+// stands in the two files is said in a header of its own, io/formats/.
 
 #include <peft/core/attach.h>
 #include <peft/io/adapter_config.h>
+#include <peft/io/formats/bitfit.h>
+#include <peft/io/formats/format.h>
+#include <peft/io/formats/lora.h>
 #include <peft/io/safetensors.h>
-#include <peft/methods/bitfit.h>
-#include <peft/methods/lora.h>
 
 #include <torch/serialize.h>
 
@@ -38,12 +39,6 @@ struct LoadOptions {
 
 namespace detail {
 
-using NamedTensorMap = std::map<std::string, Tensor>;
-
-inline constexpr const char* kConfigFile = "adapter_config.json";
-inline constexpr const char* kWeightsFile = "adapter_model.safetensors";
-inline constexpr const char* kPickleFile = "adapter_model.bin";
-inline const std::string kKeyPrefix = "base_model.model.";
 /// In the metadata of a file whose tied weights are adapted as one tensor.
 inline const std::string kTiesMark = "libpeft_ties";
 
@@ -84,77 +79,31 @@ inline NamedTensorMap read_pickle(const std::string& path) {
   return result;
 }
 
-/// The tensors of a folder; `adapts_ties` says whether the writer adapted tied
-/// weights as the one tensor they are, which PEFT does not.
+/// The tensors of a folder, from the first of `files` that it has;
+/// `adapts_ties` says whether the writer adapted tied weights as the one tensor
+/// they are, which PEFT does not.
 inline NamedTensorMap read_adapter_weights(
     const std::string& folder,
+    const std::vector<std::string>& files,
     bool& adapts_ties) {
   namespace fs = std::filesystem;
-  const auto path = fs::path(folder) / kWeightsFile;
-  if (fs::exists(path)) {
+  std::string names;
+  for (const auto& name : files) {
+    names += (names.empty() ? "" : ", ") + name;
+    const auto path = fs::path(folder) / name;
+    if (!fs::exists(path)) {
+      continue;
+    }
+    if (path.extension() != ".safetensors") {
+      return read_pickle(path.string());
+    }
     const auto file = SafetensorsFile::open(path.string());
     adapts_ties = file.metadata().count(kTiesMark) != 0;
     return load_safetensors(path.string());
   }
-  const auto pickle = fs::path(folder) / kPickleFile;
   TORCH_CHECK(
-      fs::exists(pickle),
-      "peft: '",
-      folder,
-      "' holds neither ",
-      kWeightsFile,
-      " nor ",
-      kPickleFile);
-  return read_pickle(pickle.string());
-}
-
-/// Removes an adapter's name that older writers left in the keys:
-/// "lora_A.default.weight" → "lora_A.weight".
-inline std::string without_adapter_name(const std::string& key) {
-  static const std::regex named(
-      "(.*\\.lora_(?:A|B|embedding_A|embedding_B)|lora_(?:A|B|embedding_A|"
-      "embedding_B))\\.([^.]+)(\\.(?:weight|bias))?");
-  std::smatch match;
-  if (std::regex_match(key, match, named) && match[2] != "weight" &&
-      match[2] != "bias") {
-    return match[1].str() + match[3].str();
-  }
-  return key;
-}
-
-/// Keys without prefixes, in the form that fits the most expected ones.
-inline NamedTensorMap normalise_keys(
-    const NamedTensorMap& tensors,
-    const std::set<std::string>& expected) {
-  NamedTensorMap best;
-  size_t best_count = 0;
-  const std::vector<std::string> prefixes{
-      kKeyPrefix, "base_model.", "model.", ""};
-  for (const auto& prefix : prefixes) {
-    NamedTensorMap candidate;
-    size_t count = 0;
-    for (const auto& [key, value] : tensors) {
-      std::string name = key.compare(0, prefix.size(), prefix) == 0
-          ? key.substr(prefix.size())
-          : key;
-      if (expected.count(name) == 0) {
-        name = without_adapter_name(name);
-      }
-      count += expected.count(name);
-      candidate[name] = value;
-    }
-    if (best.empty() || count > best_count) {
-      best = std::move(candidate);
-      best_count = count;
-    }
-  }
-  return best;
-}
-
-inline std::string file_key(
-    const std::string& prefix,
-    const std::string& name) {
-  return prefix.empty() ? name : prefix + "." + name;
+      false, "peft: '", folder, "' holds no weights; looked for ", names);
+  return {};
 }
 
 inline std::string listed(const std::vector<std::string>& lines) {
@@ -202,7 +151,7 @@ inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
 /// Fills the deltas of a plan from a file's tensors, after checking all.
 inline void fill_plan(
     Plan& plan,
-    const NamedTensorMap& file,
+    const NamedTensorMap& tensors,
     const std::string& folder,
     bool strict) {
   std::set<std::string> expected;
@@ -211,7 +160,6 @@ inline void fill_plan(
       expected.insert(file_key(site.file_prefix, item.first));
     }
   }
-  const NamedTensorMap tensors = normalise_keys(file, expected);
   std::vector<std::string> missing, extra, misshaped;
   for (const auto& key : expected) {
     if (tensors.count(key) == 0) {
@@ -258,321 +206,81 @@ inline void fill_plan(
   each(/*dry_run=*/false);
 }
 
-// ----------------------------------------------------------------------------
-// Methods and their configs
-// ----------------------------------------------------------------------------
-
-inline Targets targets_field(
-    const AdapterConfig& config,
-    const std::string& field) {
-  const auto value = config.get<NamesOrPattern>(field);
-  if (const auto* names = std::get_if<std::vector<std::string>>(&value)) {
-    return Targets(*names);
-  }
-  const auto& pattern = std::get<std::string>(value);
-  return pattern == "all-linear" ? Targets::all_linear()
-                                 : Targets::regex(pattern);
+/// Every method that has files, a header of io/formats/ each.
+inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
+  static const std::vector<std::shared_ptr<const AdapterFormat>> all{
+      std::make_shared<LoraFormat>(),
+      std::make_shared<BitFitFormat>(),
+  };
+  return all;
 }
 
-/// Whether the names of a list mean modules only, as HF's do.
-inline bool names_modules(const Targets& targets, const AdapterState& adapter) {
-  if (targets.kind() != Targets::Kind::list) {
-    return false;
-  }
-  for (const auto& site : adapter.sites) {
-    if (site.file_prefix.find(".base_layer.out_proj") != std::string::npos) {
-      return false; // HF wants the attention named
+/// The format that `fits` says yes to; `what` is asked about.
+template <class Fits>
+const AdapterFormat& find_format(const std::string& what, Fits&& fits) {
+  std::string known;
+  for (const auto& format : formats()) {
+    if (fits(*format)) {
+      return *format;
     }
-    for (const auto& name : targets.names()) {
-      const bool parameter =
-          Targets::name_matches(site.parameters.front(), name) &&
-          !Targets::name_matches(site.name, name);
-      if (parameter) {
-        return false;
-      }
-    }
+    known += (known.empty() ? "" : ", ") + format->type();
   }
-  return true;
+  TORCH_CHECK(
+      false,
+      "peft: ",
+      what,
+      " is of no method that this version of libpeft reads or writes (it knows "
+      "the peft_types ",
+      known,
+      ")");
+  return *formats().front();
 }
 
-/// The modules that carry LoRA, by the names that HF would target.
-inline std::vector<std::string> lora_modules(const AdapterState& adapter) {
-  std::vector<std::string> result;
+/// What the adapter trains and the weights file drops (the network that makes
+/// the virtual tokens, say).
+inline NamedTensorList training_state(const AdapterState& adapter) {
+  NamedTensorList result;
   for (const auto& site : adapter.sites) {
-    if (std::dynamic_pointer_cast<LoraDelta>(site.delta) == nullptr) {
-      continue;
-    }
-    const std::string infix = ".base_layer.out_proj";
-    std::string name = site.name;
-    const auto at = site.file_prefix.find(infix);
-    if (at != std::string::npos) {
-      name = site.file_prefix.substr(0, at);
-    }
-    if (std::find(result.begin(), result.end(), name) == result.end()) {
-      result.push_back(name);
+    for (const auto& item : site.delta->training_tensors()) {
+      result.emplace_back(
+          file_key(site.file_prefix, item.first), item.second.detach());
     }
   }
   return result;
 }
 
-struct LoraFiles {
-  static constexpr const char* type = "LORA";
-
-  /// Fields of HF's LoraConfig that change the function and that libpeft does
-  /// not have: set, they are refused.
-  static void refuse_unsupported(const AdapterConfig& config) {
-    for (const char* field : {"use_dora", "use_qalora"}) {
-      TORCH_CHECK(
-          !config.get<bool>(field, false),
-          "peft: ",
-          field,
-          " is set in ",
-          kConfigFile,
-          "; this version of libpeft does not have it");
-    }
-    for (const char* field :
-         {"layer_replication",
-          "target_parameters",
-          "trainable_token_indices",
-          "alora_invocation_tokens",
-          "arrow_config",
-          "kasa_config",
-          "monteclora_config",
-          "velora_config",
-          "use_bdlora",
-          "megatron_config"}) {
-      TORCH_CHECK(
-          !config.has(field) || config.is_empty(field),
-          "peft: ",
-          field,
-          " is set in ",
-          kConfigFile,
-          "; this version of libpeft does not have it");
-    }
+/// Takes that up again where the folder has it; all of it, or nothing.
+inline void fill_training_state(Plan& plan, const std::string& folder) {
+  const auto path = std::filesystem::path(folder) / kTrainingFile;
+  if (!std::filesystem::exists(path)) {
+    return;
   }
-
-  static LoraOptions options(const AdapterConfig& config) {
-    refuse_unsupported(config);
-    LoraOptions o(config.get<int64_t>("r", 8));
-    o.alpha(config.get<double>("lora_alpha", 8));
-    o.dropout(config.get<double>("lora_dropout", 0));
-    TORCH_CHECK(
-        config.has("target_modules") && !config.is_empty("target_modules"),
-        "peft: ",
-        kConfigFile,
-        " has no target_modules");
-    o.targets(targets_field(config, "target_modules"));
-    if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
-      o.exclude(targets_field(config, "exclude_modules"));
-    }
-    for (auto& [name, value] :
-         config.get<std::map<std::string, double>>("rank_pattern", {})) {
-      o.rank_pattern().emplace_back(name, value);
-    }
-    for (auto& [name, value] :
-         config.get<std::map<std::string, double>>("alpha_pattern", {})) {
-      o.alpha_pattern().emplace_back(name, value);
-    }
-    if (config.has("layers_to_transform")) {
-      using IndexOrIndices = std::variant<std::vector<int64_t>, int64_t>;
-      const auto layers = config.get<IndexOrIndices>("layers_to_transform");
-      o.layers(
-          std::holds_alternative<int64_t>(layers)
-              ? std::vector<int64_t>{std::get<int64_t>(layers)}
-              : std::get<std::vector<int64_t>>(layers));
-    }
-    if (config.has("layers_pattern")) {
-      const auto pattern = config.get<NamesOrPattern>("layers_pattern");
-      o.layers_pattern(
-          std::holds_alternative<std::string>(pattern)
-              ? std::vector<std::string>{std::get<std::string>(pattern)}
-              : std::get<std::vector<std::string>>(pattern));
-    }
-    o.rslora(config.get<bool>("use_rslora", false));
-    o.bias(config.get<std::string>("bias", "none"));
-    o.lora_bias(config.get<bool>("lora_bias", false));
-    o.fan_in_fan_out(config.get<bool>("fan_in_fan_out", false));
-    o.modules_to_save(
-        config.get<std::vector<std::string>>("modules_to_save", {}));
-    const auto init = config.get<FlagOrName>("init_lora_weights", true);
-    if (const auto* flag = std::get_if<bool>(&init)) {
-      o.init(*flag ? "kaiming" : "random");
-    } else {
-      const auto& scheme = std::get<std::string>(init);
-      for (const char* rewriting :
-           {"pissa", "olora", "loftq", "corda", "lora_ga"}) {
+  const auto tensors = load_safetensors(path.string());
+  for (const bool dry_run : {true, false}) {
+    for (auto& site : plan.sites) {
+      for (const auto& item : site.delta->training_tensors()) {
+        const auto found = tensors.find(file_key(site.file_prefix, item.first));
         TORCH_CHECK(
-            scheme.compare(0, std::string(rewriting).size(), rewriting) != 0,
-            "peft: init_lora_weights is '",
-            scheme,
-            "', which changed the base before training; convert the adapter "
-            "to plain LoRA with PEFT's "
-            "path_initial_model_for_weight_conversion");
-      }
-      o.init("gaussian");
-    }
-    return o;
-  }
-
-  static void write(const AdapterState& adapter, AdapterConfig& config) {
-    const auto& o = std::any_cast<const LoraOptions&>(adapter.options);
-    config.set("r", o.r());
-    config.set_number("lora_alpha", o.alpha());
-    config.set("lora_dropout", o.dropout());
-    if (o.targets().kind() == Targets::Kind::regex) {
-      config.set("target_modules", o.targets().names().front());
-    } else if (names_modules(o.targets(), adapter)) {
-      config.set("target_modules", o.targets().names());
-    } else {
-      config.set("target_modules", lora_modules(adapter));
-    }
-    if (o.exclude().kind() == Targets::Kind::regex) {
-      config.set("exclude_modules", o.exclude().names().front());
-    } else if (o.exclude().kind() == Targets::Kind::list) {
-      config.set("exclude_modules", o.exclude().names());
-    }
-    std::map<std::string, int64_t> ranks;
-    for (const auto& [name, value] : o.rank_pattern()) {
-      ranks.emplace(name, static_cast<int64_t>(value));
-    }
-    std::map<std::string, double> alphas;
-    for (const auto& [name, value] : o.alpha_pattern()) {
-      alphas.emplace(name, value);
-    }
-    widen_blocks(adapter, o, ranks, alphas);
-    config.set("rank_pattern", ranks);
-    config.set_numbers("alpha_pattern", alphas);
-    if (o.layers().empty()) {
-      config.set("layers_to_transform", nullptr);
-    } else {
-      config.set("layers_to_transform", o.layers());
-    }
-    if (o.layers_pattern().empty()) {
-      config.set("layers_pattern", nullptr);
-    } else {
-      config.set("layers_pattern", o.layers_pattern());
-    }
-    config.set("use_rslora", o.rslora());
-    config.set("bias", o.bias());
-    config.set("lora_bias", o.lora_bias());
-    config.set("fan_in_fan_out", o.fan_in_fan_out());
-    if (!o.modules_to_save().empty()) {
-      config.set("modules_to_save", o.modules_to_save());
-    }
-    if (!adapter.loaded_config.empty()) {
-      return; // how it once started stays as it was written
-    }
-    if (o.init() == "gaussian" && !o.lora_bias()) { // PEFT refuses the two
-      config.set("init_lora_weights", std::string("gaussian"));
-    } else {
-      config.set("init_lora_weights", o.init() != "random");
-    }
-  }
-
-  /// Blocks of packed attention are written as one factor of r times their
-  /// number, at the same scaling.
-  static void widen_blocks(
-      const AdapterState& adapter,
-      const LoraOptions& o,
-      std::map<std::string, int64_t>& ranks,
-      std::map<std::string, double>& alphas) {
-    for (const auto& site : adapter.sites) {
-      const auto delta = std::dynamic_pointer_cast<LoraDelta>(site.delta);
-      if (!delta || delta->config().layout != LoraLayout::blocks) {
-        continue;
-      }
-      const auto wide = delta->lora_A.size(0);
-      const double norm = o.rslora() ? std::sqrt(static_cast<double>(wide))
-                                     : static_cast<double>(wide);
-      const std::string pattern = "^" + escape_regex(site.name);
-      ranks[pattern] = wide;
-      alphas[pattern] = delta->config().scaling * norm;
-    }
-  }
-
-  static std::string escape_regex(const std::string& name) {
-    std::string result;
-    for (const char c : name) {
-      result += c == '.' ? "\\." : std::string(1, c);
-    }
-    return result;
-  }
-
-  /// HF always adapts the two halves of an attention: a half that is not
-  /// adapted here is written as zeros.
-  static void complete_attention(
-      const AdapterState& adapter,
-      std::vector<std::pair<std::string, Tensor>>& tensors) {
-    auto find = [&](const std::string& key) -> const Tensor* {
-      for (const auto& item : tensors) {
-        if (item.first == key) {
-          return &item.second;
-        }
-      }
-      return nullptr;
-    };
-    const std::string infix = ".base_layer.out_proj";
-    for (const auto& site : adapter.sites) {
-      const auto delta = std::dynamic_pointer_cast<LoraDelta>(site.delta);
-      if (!delta) {
-        continue;
-      }
-      const auto sizes = lock_site(site)->sizes;
-      std::string other;
-      int64_t out = 0, in = 0;
-      const auto at = site.file_prefix.find(infix);
-      if (at != std::string::npos) {
-        other = site.file_prefix.substr(0, at);
-        in = sizes[0];
-        out = 3 * in;
-      } else if (split_last(site.parameters.front()) == "in_proj_weight") {
-        other = site.file_prefix + infix;
-        in = out = sizes[1];
-      } else {
-        continue;
-      }
-      const std::string key = kKeyPrefix + other;
-      if (find(key + ".lora_A.weight") == nullptr) {
-        const auto like = delta->lora_A.options().requires_grad(false);
-        const int64_t r = delta->lora_A.size(0);
-        tensors.emplace_back(key + ".lora_A.weight", at::zeros({r, in}, like));
-        tensors.emplace_back(key + ".lora_B.weight", at::zeros({out, r}, like));
+            found != tensors.end(),
+            "peft: '",
+            path.string(),
+            "' lacks '",
+            file_key(site.file_prefix, item.first),
+            "'; remove the file to go on without the state of training");
+        const auto misfit =
+            site.delta->from_file(item.first, found->second, dry_run);
+        TORCH_CHECK(
+            misfit.empty(),
+            "peft: '",
+            found->first,
+            "' in '",
+            path.string(),
+            "': ",
+            misfit);
       }
     }
   }
-
-  static std::string split_last(const std::string& path) {
-    return path.substr(path.rfind('.') + 1);
-  }
-};
-
-/// BitFit is no method of HF's; its files have the same form.
-struct BitFitFiles {
-  static constexpr const char* type = "BITFIT";
-
-  static BitFitOptions options(const AdapterConfig& config) {
-    BitFitOptions o(config.get<std::vector<std::string>>("biases", {"all"}));
-    if (config.has("target_modules")) {
-      o.targets(targets_field(config, "target_modules"));
-    }
-    o.modules_to_save(
-        config.get<std::vector<std::string>>("modules_to_save", {}));
-    return o;
-  }
-
-  static void write(const AdapterState& adapter, AdapterConfig& config) {
-    const auto& o = std::any_cast<const BitFitOptions&>(adapter.options);
-    config.set("biases", o.biases());
-    if (o.targets().kind() == Targets::Kind::regex) {
-      config.set("target_modules", o.targets().names().front());
-    } else if (o.targets().kind() == Targets::Kind::list) {
-      config.set("target_modules", o.targets().names());
-    } else {
-      config.set("target_modules", nullptr);
-    }
-    config.set("modules_to_save", o.modules_to_save());
-  }
-};
+}
 
 /// What a folder says about a network: a plan whose deltas hold its values.
 inline Plan plan_from_folder(
@@ -589,26 +297,15 @@ inline Plan plan_from_folder(
       kConfigFile);
   const auto path = (fs::path(folder) / kConfigFile).string();
   const auto config = AdapterConfig::read(path);
-  const auto type = config.peft_type();
-  Plan result;
-  if (type == LoraFiles::type) {
-    LoraOptions wanted = LoraFiles::options(config);
-    LoraOptions empty = wanted;
-    result = plan(empty.init("empty"), network);
-    result.options = std::move(wanted);
-  } else if (type == BitFitFiles::type) {
-    result = plan(BitFitFiles::options(config), network);
-  } else {
-    TORCH_CHECK(
-        false,
-        "peft: peft_type '",
-        type,
-        "' in '",
-        path,
-        "' is not one that this version of libpeft reads (LORA, BITFIT)");
-  }
+  const auto& format = find_format(
+      config.has("peft_type")
+          ? "'" + path + "', of peft_type '" + config.peft_type() + "',"
+          : "'" + path + "', without a peft_type,",
+      [&](const AdapterFormat& f) { return f.reads(config); });
+  Plan result = format.plan(config, network);
   bool adapts_ties = false;
-  const auto tensors = read_adapter_weights(folder, adapts_ties);
+  const auto tensors =
+      read_adapter_weights(folder, format.weight_files(), adapts_ties);
   const auto ties = adapts_ties_apart(result, network);
   TORCH_CHECK(
       ties.empty() || adapts_ties || !options.strict(),
@@ -620,7 +317,8 @@ inline Plan plan_from_folder(
       "this model and can only be adapted together; untie them, or load with "
       "strict(false) to adapt both as the first that is named");
   drop_tied(result.sites);
-  fill_plan(result, tensors, folder, options.strict());
+  fill_plan(result, format.unpack(tensors, result), folder, options.strict());
+  fill_training_state(result, folder);
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
       p.set_requires_grad(options.is_trainable());
@@ -633,41 +331,25 @@ inline Plan plan_from_folder(
 } // namespace detail
 
 /// Writes adapter_config.json and adapter_model.safetensors into `folder`,
-/// which is made if need be. HF PEFT's from_pretrained reads LoRA from it. Each
-/// file is replaced only when it is complete. Fields of a config that was
-/// loaded and that libpeft does not know are written again.
+/// which is made if need be; HF PEFT's from_pretrained reads the methods that
+/// it has. What such a file has no place for and training needs goes into
+/// libpeft_training.safetensors beside them. Each file is replaced only when it
+/// is complete. Fields of a config that was loaded and that libpeft does not
+/// know are written again.
 inline void save(const Adapter& adapter, const std::string& folder) {
   adapter.name(); // an empty or detached handle is an error
   const detail::AdapterState& state = *adapter.shared_state();
-  const bool lora = state.method == detail::LoraFiles::type;
-  AdapterConfig config = !state.loaded_config.empty()
-      ? AdapterConfig::parse(state.loaded_config)
-      : lora
-      ? AdapterConfig::lora_defaults()
-      : AdapterConfig::parse(R"({"peft_type": ")" + state.method + R"("})");
-  if (lora) {
-    detail::LoraFiles::write(state, config);
-  } else {
-    TORCH_CHECK(
-        state.method == detail::BitFitFiles::type,
-        "peft: there is no file format for method '",
-        state.method,
-        "' yet");
-    detail::BitFitFiles::write(state, config);
-  }
+  const auto& format = detail::find_format(
+      "adapter '" + state.name + "', a " + state.method + ",",
+      [&](const detail::AdapterFormat& f) { return f.type() == state.method; });
+  AdapterConfig config = state.loaded_config.empty()
+      ? format.new_config()
+      : AdapterConfig::parse(state.loaded_config);
+  format.write(state, config);
   config.set("inference_mode", true);
 
-  std::vector<std::pair<std::string, Tensor>> tensors;
-  for (const auto& site : state.sites) {
-    for (const auto& item : site.delta->file_tensors()) {
-      tensors.emplace_back(
-          detail::kKeyPrefix + detail::file_key(site.file_prefix, item.first),
-          site.delta->to_file(item.first, item.second.detach()));
-    }
-  }
-  if (lora) {
-    detail::LoraFiles::complete_attention(state, tensors);
-  }
+  const auto tensors = format.pack(state);
+  const auto training = detail::training_state(state);
   namespace fs = std::filesystem;
   std::error_code error;
   fs::create_directories(folder, error);
@@ -684,7 +366,15 @@ inline void save(const Adapter& adapter, const std::string& folder) {
     }
   }
   save_safetensors(
-      tensors, (fs::path(folder) / detail::kWeightsFile).string(), metadata);
+      tensors,
+      (fs::path(folder) / format.weight_files().front()).string(),
+      metadata);
+  const auto side = fs::path(folder) / detail::kTrainingFile;
+  if (training.empty()) {
+    fs::remove(side, error); // another adapter's, saved here before
+  } else {
+    save_safetensors(training, side.string(), {{"format", "pt"}});
+  }
   config.write((fs::path(folder) / detail::kConfigFile).string());
 }
 

@@ -1,0 +1,186 @@
+#pragma once
+
+// How a method stands in the two files of an adapter. Each has a header in this
+// folder; io/pretrained.h lists them and does what they share.
+
+#include <peft/core/attach.h>
+#include <peft/io/adapter_config.h>
+
+#include <map>
+#include <regex>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+using NamedTensorMap = std::map<std::string, Tensor>;
+using NamedTensorList = std::vector<std::pair<std::string, Tensor>>;
+
+inline constexpr const char* kConfigFile = "adapter_config.json";
+inline constexpr const char* kWeightsFile = "adapter_model.safetensors";
+inline constexpr const char* kPickleFile = "adapter_model.bin";
+/// What training goes on from and PEFT does not save; PEFT passes over it.
+inline constexpr const char* kTrainingFile = "libpeft_training.safetensors";
+inline const std::string kKeyPrefix = "base_model.model.";
+
+inline std::string file_key(
+    const std::string& prefix,
+    const std::string& name) {
+  return prefix.empty() ? name : prefix + "." + name;
+}
+
+/// Removes an adapter's name that older writers left in the keys:
+/// "lora_A.default.weight" → "lora_A.weight".
+inline std::string without_adapter_name(const std::string& key) {
+  static const std::regex named(
+      "(.*\\.lora_(?:A|B|embedding_A|embedding_B)|lora_(?:A|B|embedding_A|"
+      "embedding_B))\\.([^.]+)(\\.(?:weight|bias))?");
+  std::smatch match;
+  if (std::regex_match(key, match, named) && match[2] != "weight" &&
+      match[2] != "bias") {
+    return match[1].str() + match[3].str();
+  }
+  return key;
+}
+
+/// Keys without prefixes, in the form that fits the most expected ones.
+inline NamedTensorMap normalise_keys(
+    const NamedTensorMap& tensors,
+    const std::set<std::string>& expected) {
+  NamedTensorMap best;
+  size_t best_count = 0;
+  const std::vector<std::string> prefixes{
+      kKeyPrefix, "base_model.", "model.", ""};
+  for (const auto& prefix : prefixes) {
+    NamedTensorMap candidate;
+    size_t count = 0;
+    for (const auto& [key, value] : tensors) {
+      std::string name = key.compare(0, prefix.size(), prefix) == 0
+          ? key.substr(prefix.size())
+          : key;
+      if (expected.count(name) == 0) {
+        name = without_adapter_name(name);
+      }
+      count += expected.count(name);
+      candidate[name] = value;
+    }
+    if (best.empty() || count > best_count) {
+      best = std::move(candidate);
+      best_count = count;
+    }
+  }
+  return best;
+}
+
+inline Targets targets_field(
+    const AdapterConfig& config,
+    const std::string& field) {
+  const auto value = config.get<NamesOrPattern>(field);
+  if (const auto* names = std::get_if<std::vector<std::string>>(&value)) {
+    return Targets(*names);
+  }
+  const auto& pattern = std::get<std::string>(value);
+  return pattern == "all-linear" ? Targets::all_linear()
+                                 : Targets::regex(pattern);
+}
+
+/// Writes `targets` as a field of HF's.
+inline void write_targets(
+    AdapterConfig& config,
+    const std::string& field,
+    const Targets& targets) {
+  if (targets.kind() == Targets::Kind::regex) {
+    config.set(field, targets.names().front());
+  } else if (targets.kind() == Targets::Kind::list) {
+    config.set(field, targets.names());
+  } else {
+    config.set(field, nullptr);
+  }
+}
+
+/// Whether the names of a list mean modules only, as HF's do.
+inline bool names_modules(const Targets& targets, const AdapterState& adapter) {
+  if (targets.kind() != Targets::Kind::list) {
+    return false;
+  }
+  for (const auto& site : adapter.sites) {
+    if (site.file_prefix.find(".base_layer.out_proj") != std::string::npos) {
+      return false; // HF wants the attention named
+    }
+    for (const auto& name : targets.names()) {
+      const bool parameter =
+          Targets::name_matches(site.parameters.front(), name) &&
+          !Targets::name_matches(site.name, name);
+      if (parameter) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+/// The files of one method.
+class AdapterFormat {
+ public:
+  virtual ~AdapterFormat() = default;
+
+  /// `peft_type` in the config, AdapterState::method in memory.
+  virtual std::string type() const = 0;
+
+  /// Whether a config is one of this method.
+  virtual bool reads(const AdapterConfig& config) const {
+    return config.has("peft_type") && config.peft_type() == type();
+  }
+
+  /// The names that the weights may have; the first is written.
+  virtual std::vector<std::string> weight_files() const {
+    return {kWeightsFile, kPickleFile};
+  }
+
+  /// What the config wants of this network. The deltas' values come later.
+  virtual Plan plan(const AdapterConfig& config, const Network& network)
+      const = 0;
+
+  /// A config for an adapter that was not loaded from one.
+  virtual AdapterConfig new_config() const {
+    return AdapterConfig::parse(R"({"peft_type": ")" + type() + R"("})");
+  }
+  /// Sets the method's fields; others stay as they were loaded.
+  virtual void write(const AdapterState& adapter, AdapterConfig& config)
+      const = 0;
+
+  /// The tensors of the weights file. By default one for each file tensor of
+  /// each site.
+  virtual NamedTensorList pack(const AdapterState& adapter) const {
+    NamedTensorList tensors;
+    for (const auto& site : adapter.sites) {
+      for (const auto& item : site.delta->file_tensors()) {
+        tensors.emplace_back(
+            kKeyPrefix + file_key(site.file_prefix, item.first),
+            site.delta->to_file(item.first, item.second.detach()));
+      }
+    }
+    return tensors;
+  }
+
+  /// A file's tensors by the keys of the plan's sites, file_key(prefix, name).
+  virtual NamedTensorMap unpack(const NamedTensorMap& file, const Plan& plan)
+      const {
+    std::set<std::string> expected;
+    for (const auto& site : plan.sites) {
+      for (const auto& item : site.delta->file_tensors()) {
+        expected.insert(file_key(site.file_prefix, item.first));
+      }
+    }
+    return normalise_keys(file, expected);
+  }
+};
+
+} // namespace detail
+
+} // namespace peft

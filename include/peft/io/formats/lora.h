@@ -1,0 +1,296 @@
+#pragma once
+
+// LoRA as HF PEFT's LoraConfig and file have it.
+
+#include <peft/io/formats/format.h>
+#include <peft/methods/lora.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+/// The modules that carry LoRA, by the names that HF would target.
+inline std::vector<std::string> lora_modules(const AdapterState& adapter) {
+  std::vector<std::string> result;
+  for (const auto& site : adapter.sites) {
+    if (std::dynamic_pointer_cast<LoraDelta>(site.delta) == nullptr) {
+      continue;
+    }
+    const std::string infix = ".base_layer.out_proj";
+    std::string name = site.name;
+    const auto at = site.file_prefix.find(infix);
+    if (at != std::string::npos) {
+      name = site.file_prefix.substr(0, at);
+    }
+    if (std::find(result.begin(), result.end(), name) == result.end()) {
+      result.push_back(name);
+    }
+  }
+  return result;
+}
+
+class LoraFormat final : public AdapterFormat {
+ public:
+  std::string type() const override {
+    return "LORA";
+  }
+
+  Plan plan(const AdapterConfig& config, const Network& network)
+      const override {
+    LoraOptions wanted = options(config);
+    LoraOptions empty = wanted;
+    Plan result = detail::plan(empty.init("empty"), network);
+    result.options = std::move(wanted);
+    return result;
+  }
+
+  AdapterConfig new_config() const override {
+    return AdapterConfig::lora_defaults();
+  }
+
+  /// Fields of HF's LoraConfig that change the function and that libpeft does
+  /// not have: set, they are refused.
+  static void refuse_unsupported(const AdapterConfig& config) {
+    for (const char* field : {"use_dora", "use_qalora"}) {
+      TORCH_CHECK(
+          !config.get<bool>(field, false),
+          "peft: ",
+          field,
+          " is set in ",
+          kConfigFile,
+          "; this version of libpeft does not have it");
+    }
+    for (const char* field :
+         {"layer_replication",
+          "target_parameters",
+          "trainable_token_indices",
+          "alora_invocation_tokens",
+          "arrow_config",
+          "kasa_config",
+          "monteclora_config",
+          "velora_config",
+          "use_bdlora",
+          "megatron_config"}) {
+      TORCH_CHECK(
+          !config.has(field) || config.is_empty(field),
+          "peft: ",
+          field,
+          " is set in ",
+          kConfigFile,
+          "; this version of libpeft does not have it");
+    }
+  }
+
+  static LoraOptions options(const AdapterConfig& config) {
+    refuse_unsupported(config);
+    LoraOptions o(config.get<int64_t>("r", 8));
+    o.alpha(config.get<double>("lora_alpha", 8));
+    o.dropout(config.get<double>("lora_dropout", 0));
+    TORCH_CHECK(
+        config.has("target_modules") && !config.is_empty("target_modules"),
+        "peft: ",
+        kConfigFile,
+        " has no target_modules");
+    o.targets(targets_field(config, "target_modules"));
+    if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
+      o.exclude(targets_field(config, "exclude_modules"));
+    }
+    for (auto& [name, value] :
+         config.get<std::map<std::string, double>>("rank_pattern", {})) {
+      o.rank_pattern().emplace_back(name, value);
+    }
+    for (auto& [name, value] :
+         config.get<std::map<std::string, double>>("alpha_pattern", {})) {
+      o.alpha_pattern().emplace_back(name, value);
+    }
+    if (config.has("layers_to_transform")) {
+      using IndexOrIndices = std::variant<std::vector<int64_t>, int64_t>;
+      const auto layers = config.get<IndexOrIndices>("layers_to_transform");
+      o.layers(
+          std::holds_alternative<int64_t>(layers)
+              ? std::vector<int64_t>{std::get<int64_t>(layers)}
+              : std::get<std::vector<int64_t>>(layers));
+    }
+    if (config.has("layers_pattern")) {
+      const auto pattern = config.get<NamesOrPattern>("layers_pattern");
+      o.layers_pattern(
+          std::holds_alternative<std::string>(pattern)
+              ? std::vector<std::string>{std::get<std::string>(pattern)}
+              : std::get<std::vector<std::string>>(pattern));
+    }
+    o.rslora(config.get<bool>("use_rslora", false));
+    o.bias(config.get<std::string>("bias", "none"));
+    o.lora_bias(config.get<bool>("lora_bias", false));
+    o.fan_in_fan_out(config.get<bool>("fan_in_fan_out", false));
+    o.modules_to_save(
+        config.get<std::vector<std::string>>("modules_to_save", {}));
+    const auto init = config.get<FlagOrName>("init_lora_weights", true);
+    if (const auto* flag = std::get_if<bool>(&init)) {
+      o.init(*flag ? "kaiming" : "random");
+    } else {
+      const auto& scheme = std::get<std::string>(init);
+      for (const char* rewriting :
+           {"pissa", "olora", "loftq", "corda", "lora_ga"}) {
+        TORCH_CHECK(
+            scheme.compare(0, std::string(rewriting).size(), rewriting) != 0,
+            "peft: init_lora_weights is '",
+            scheme,
+            "', which changed the base before training; convert the adapter "
+            "to plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion");
+      }
+      o.init("gaussian");
+    }
+    return o;
+  }
+
+  void write(const AdapterState& adapter, AdapterConfig& config)
+      const override {
+    const auto& o = std::any_cast<const LoraOptions&>(adapter.options);
+    config.set("r", o.r());
+    config.set_number("lora_alpha", o.alpha());
+    config.set("lora_dropout", o.dropout());
+    if (o.targets().kind() == Targets::Kind::regex) {
+      config.set("target_modules", o.targets().names().front());
+    } else if (names_modules(o.targets(), adapter)) {
+      config.set("target_modules", o.targets().names());
+    } else {
+      config.set("target_modules", lora_modules(adapter));
+    }
+    if (!o.exclude().empty()) {
+      write_targets(config, "exclude_modules", o.exclude());
+    }
+    std::map<std::string, int64_t> ranks;
+    for (const auto& [name, value] : o.rank_pattern()) {
+      ranks.emplace(name, static_cast<int64_t>(value));
+    }
+    std::map<std::string, double> alphas;
+    for (const auto& [name, value] : o.alpha_pattern()) {
+      alphas.emplace(name, value);
+    }
+    widen_blocks(adapter, o, ranks, alphas);
+    config.set("rank_pattern", ranks);
+    config.set_numbers("alpha_pattern", alphas);
+    if (o.layers().empty()) {
+      config.set("layers_to_transform", nullptr);
+    } else {
+      config.set("layers_to_transform", o.layers());
+    }
+    if (o.layers_pattern().empty()) {
+      config.set("layers_pattern", nullptr);
+    } else {
+      config.set("layers_pattern", o.layers_pattern());
+    }
+    config.set("use_rslora", o.rslora());
+    config.set("bias", o.bias());
+    config.set("lora_bias", o.lora_bias());
+    config.set("fan_in_fan_out", o.fan_in_fan_out());
+    if (!o.modules_to_save().empty()) {
+      config.set("modules_to_save", o.modules_to_save());
+    }
+    if (!adapter.loaded_config.empty()) {
+      return; // how it once started stays as it was written
+    }
+    if (o.init() == "gaussian" && !o.lora_bias()) { // PEFT refuses the two
+      config.set("init_lora_weights", std::string("gaussian"));
+    } else {
+      config.set("init_lora_weights", o.init() != "random");
+    }
+  }
+
+  /// Blocks of packed attention are written as one factor of r times their
+  /// number, at the same scaling.
+  static void widen_blocks(
+      const AdapterState& adapter,
+      const LoraOptions& o,
+      std::map<std::string, int64_t>& ranks,
+      std::map<std::string, double>& alphas) {
+    for (const auto& site : adapter.sites) {
+      const auto delta = std::dynamic_pointer_cast<LoraDelta>(site.delta);
+      if (!delta || delta->config().layout != LoraLayout::blocks) {
+        continue;
+      }
+      const auto wide = delta->lora_A.size(0);
+      const double norm = o.rslora() ? std::sqrt(static_cast<double>(wide))
+                                     : static_cast<double>(wide);
+      const std::string pattern = "^" + escape_regex(site.name);
+      ranks[pattern] = wide;
+      alphas[pattern] = delta->config().scaling * norm;
+    }
+  }
+
+  static std::string escape_regex(const std::string& name) {
+    std::string result;
+    for (const char c : name) {
+      result += c == '.' ? "\\." : std::string(1, c);
+    }
+    return result;
+  }
+
+  NamedTensorList pack(const AdapterState& adapter) const override {
+    auto tensors = AdapterFormat::pack(adapter);
+    complete_attention(adapter, tensors);
+    return tensors;
+  }
+
+ private:
+  /// HF always adapts the two halves of an attention: a half that is not
+  /// adapted here is written as zeros.
+  static void complete_attention(
+      const AdapterState& adapter,
+      NamedTensorList& tensors) {
+    auto find = [&](const std::string& key) -> const Tensor* {
+      for (const auto& item : tensors) {
+        if (item.first == key) {
+          return &item.second;
+        }
+      }
+      return nullptr;
+    };
+    const std::string infix = ".base_layer.out_proj";
+    for (const auto& site : adapter.sites) {
+      const auto delta = std::dynamic_pointer_cast<LoraDelta>(site.delta);
+      if (!delta) {
+        continue;
+      }
+      const auto sizes = lock_site(site)->sizes;
+      std::string other;
+      int64_t out = 0, in = 0;
+      const auto at = site.file_prefix.find(infix);
+      if (at != std::string::npos) {
+        other = site.file_prefix.substr(0, at);
+        in = sizes[0];
+        out = 3 * in;
+      } else if (split_last(site.parameters.front()) == "in_proj_weight") {
+        other = site.file_prefix + infix;
+        in = out = sizes[1];
+      } else {
+        continue;
+      }
+      const std::string key = kKeyPrefix + other;
+      if (find(key + ".lora_A.weight") == nullptr) {
+        const auto like = delta->lora_A.options().requires_grad(false);
+        const int64_t r = delta->lora_A.size(0);
+        tensors.emplace_back(key + ".lora_A.weight", at::zeros({r, in}, like));
+        tensors.emplace_back(key + ".lora_B.weight", at::zeros({out, r}, like));
+      }
+    }
+  }
+
+  static std::string split_last(const std::string& path) {
+    return path.substr(path.rfind('.') + 1);
+  }
+};
+
+} // namespace detail
+
+} // namespace peft
