@@ -282,6 +282,25 @@ TEST_CASE("soft top-k moves with its tokens") {
   CHECK(close(soft_topk(s + 3.5, 8, 0.1), soft_topk(s, 8, 0.1)));
 }
 
+TEST_CASE("soft top-k: a k for each row") {
+  seed(12);
+  const Tensor s = scores_of({3, 8});
+  const Tensor mask = lengths_mask({8, 5, 4}, 8);
+  const Tensor k = torch::tensor({{3}, {1}, {6}});
+  for (const bool exact : {true, false}) {
+    const auto solve =
+        [&](const Tensor& x, const auto& number, const Tensor& m) {
+          return exact ? soft_topk(x, number, 0.2, m)
+                       : soft_topk_iterative(x, number, 0.2, 20, 4.0, 0.7, m);
+        };
+    const Tensor all = solve(s, k, mask);
+    for (const int64_t i : {0, 1, 2}) {
+      CHECK(close(
+          all[i], solve(s[i], k[i].item<int64_t>(), mask[i]), 1e-12, 1e-14));
+    }
+  }
+}
+
 TEST_CASE("soft top-k: shapes and types") {
   seed(10);
   const Tensor s = scores_of({2, 3, 12});
@@ -342,6 +361,12 @@ TEST_CASE("the tokens that a router takes") {
       few.valid, torch::tensor({{false, true, true}, {true, true, true}})));
   const auto none = top_k_tokens(s, 2, torch::zeros({2, 5}, torch::kBool));
   CHECK_FALSE(none.valid.any().item<bool>());
+
+  // A k for each row.
+  const auto own = top_k_tokens(s, 3, {}, torch::tensor({{3}, {1}}));
+  CHECK(torch::equal(own.indices, torch::tensor({{1, 2, 3}, {0, 1, 2}})));
+  CHECK(torch::equal(
+      own.valid, torch::tensor({{true, true, true}, {true, false, false}})));
 
   // The k largest lambda are at these places.
   seed(11);

@@ -32,17 +32,17 @@ namespace detail {
 struct TopKProblem {
   Tensor scores; // [*, n]
   Tensor mask; // [*, n], true where an entry may be chosen
-  Tensor k; // [*, 1], int64: k, or the number of such entries if that is less
+  Tensor count; // [*, 1], int64: how many those are
+  Tensor k; // [*, 1], int64: k, or count where that is less
 };
 
-inline void check_topk(const Tensor& scores, int64_t k, const Tensor& mask) {
+inline void check_topk(const Tensor& scores, const Tensor& mask) {
   TORCH_CHECK_VALUE(
       scores.dim() > 0 && scores.is_floating_point(),
       "peft: top-k takes scores [*, n] of a floating point type, got ",
       scores.toString(),
       " of shape ",
       scores.sizes());
-  TORCH_CHECK_VALUE(k > 0, "peft: top-k needs a k of at least 1, got ", k);
   TORCH_CHECK_VALUE(
       !mask.defined() ||
           (mask.scalar_type() == at::kBool && mask.sizes() == scores.sizes()),
@@ -55,9 +55,22 @@ inline void check_topk(const Tensor& scores, int64_t k, const Tensor& mask) {
       mask.defined() ? mask.sizes() : at::IntArrayRef());
 }
 
-inline TopKProblem
-topk_problem(const Tensor& scores, int64_t k, double epsilon, Tensor mask) {
-  check_topk(scores, k, mask);
+inline void check_k(int64_t k) {
+  TORCH_CHECK_VALUE(k > 0, "peft: top-k needs a k of at least 1, got ", k);
+}
+
+/// One k for all rows, as a tensor.
+inline Tensor same_k(const Tensor& scores, int64_t k) {
+  check_k(k);
+  return at::full({1}, k, scores.options().dtype(at::kLong));
+}
+
+inline TopKProblem topk_problem(
+    const Tensor& scores,
+    const Tensor& k,
+    double epsilon,
+    const Tensor& mask) {
+  check_topk(scores, mask);
   TORCH_CHECK_VALUE(
       epsilon > 0 && std::isfinite(epsilon),
       "peft: the epsilon of soft top-k must be positive, got ",
@@ -68,7 +81,8 @@ topk_problem(const Tensor& scores, int64_t k, double epsilon, Tensor mask) {
   result.mask = mask.defined()
       ? mask
       : at::ones_like(scores, scores.options().dtype(at::kBool));
-  result.k = result.mask.sum(-1, /*keepdim=*/true).clamp_max(k);
+  result.count = result.mask.sum(-1, /*keepdim=*/true);
+  result.k = at::minimum(result.count, k.clamp_min(1));
   return result;
 }
 
@@ -76,13 +90,14 @@ topk_problem(const Tensor& scores, int64_t k, double epsilon, Tensor mask) {
 
 /// The exact λ `[*, n]` for scores `[*, n]`: Σ λ = k, 0 ≤ λ ≤ 1. `mask` (true:
 /// may be chosen) leaves entries out: their λ and gradient are 0, and k is at
-/// most the number of entries that are left, which then all get 1. Infinite
-/// scores are taken as limits. float64 stays, all else is computed and returned
-/// in float32. Differentiable any number of times: with u the entries below 1,
+/// most the number of entries that are left, which then all get 1. A tensor k
+/// `[*, 1]` of integers gives each row its own. Infinite scores are taken as
+/// limits. float64 stays, all else is computed and returned in float32.
+/// Differentiable any number of times: with u the entries below 1,
 /// dλᵤ = λᵤ / ε (dsᵤ − Σ λᵤ dsᵤ / Σ λᵤ), and 0 for the others.
 inline Tensor soft_topk(
     const Tensor& scores,
-    int64_t k,
+    const Tensor& k,
     double epsilon,
     const Tensor& mask = {}) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
@@ -115,7 +130,6 @@ inline Tensor soft_topk(
   {
     at::NoGradGuard no_grad;
     const Tensor rank = at::arange(n, problem.k.options());
-    const Tensor valid = problem.mask.sum(-1, /*keepdim=*/true);
     const Tensor u = above_kth(sorted);
     const Tensor rest = u.flip(-1).logcumsumexp(-1).flip(-1);
     const Tensor left = (problem.k - rank).clamp_min(1).to(u.scalar_type());
@@ -123,7 +137,7 @@ inline Tensor soft_topk(
     const Tensor lowest_over =
         u.masked_fill(over.logical_not(), infinity).amin(-1, true);
     full = (t >= lowest_over)
-               .logical_or(problem.k == valid)
+               .logical_or(problem.k == problem.count)
                .logical_and(problem.mask);
   }
   const Tensor out = full.logical_or(closed);
@@ -136,6 +150,14 @@ inline Tensor soft_topk(
       .masked_fill(full, 1.0);
 }
 
+inline Tensor soft_topk(
+    const Tensor& scores,
+    int64_t k,
+    double epsilon,
+    const Tensor& mask = {}) {
+  return soft_topk(scores, detail::same_k(scores, k), epsilon, mask);
+}
+
 /// The published solver: `iterations` steps of coordinate descent with an ε
 /// that starts at `epsilon_init` and shrinks by `epsilon_decay` a step until it
 /// is `epsilon`. For routers that were trained with it: at a small ε twenty
@@ -143,7 +165,7 @@ inline Tensor soft_topk(
 /// through the steps. Shapes, mask and k as in soft_topk.
 inline Tensor soft_topk_iterative(
     const Tensor& scores,
-    int64_t k,
+    const Tensor& k,
     double epsilon,
     int64_t iterations = 20,
     double epsilon_init = 4.0,
@@ -180,6 +202,24 @@ inline Tensor soft_topk_iterative(
   return ((s + a + b) / eps).masked_fill(closed, -1e30).exp();
 }
 
+inline Tensor soft_topk_iterative(
+    const Tensor& scores,
+    int64_t k,
+    double epsilon,
+    int64_t iterations = 20,
+    double epsilon_init = 4.0,
+    double epsilon_decay = 0.7,
+    const Tensor& mask = {}) {
+  return soft_topk_iterative(
+      scores,
+      detail::same_k(scores, k),
+      epsilon,
+      iterations,
+      epsilon_init,
+      epsilon_decay,
+      mask);
+}
+
 /// Which tokens a router takes.
 struct TopKTokens {
   Tensor indices; // [*, k], int64, ascending: the tokens keep their order
@@ -187,10 +227,15 @@ struct TopKTokens {
 };
 
 /// The k highest scores of each row; of equal ones the first. Rows with fewer
-/// than k tokens that may be chosen are filled up with others, not `valid`.
-inline TopKTokens
-top_k_tokens(const Tensor& scores, int64_t k, const Tensor& mask = {}) {
-  detail::check_topk(scores, k, mask);
+/// than k tokens that may be chosen, or than their own number `k_of_row`
+/// `[*, 1]`, are filled up with others, which are not `valid`.
+inline TopKTokens top_k_tokens(
+    const Tensor& scores,
+    int64_t k,
+    const Tensor& mask = {},
+    const Tensor& k_of_row = {}) {
+  detail::check_topk(scores, mask);
+  detail::check_k(k);
   TORCH_CHECK_VALUE(
       k <= scores.size(-1),
       "peft: cannot choose ",
@@ -204,15 +249,17 @@ top_k_tokens(const Tensor& scores, int64_t k, const Tensor& mask = {}) {
   if (mask.defined()) {
     keys = keys.masked_fill(mask.logical_not(), NAN);
   }
-  const Tensor order =
-      std::get<1>(keys.sort(/*stable=*/true, -1, /*descending=*/false));
-  TopKTokens result;
-  result.indices = std::get<0>(order.narrow(-1, 0, k).sort(-1));
-  result.valid = mask.defined()
-      ? mask.gather(-1, result.indices)
-      : at::ones_like(
-            result.indices, result.indices.options().dtype(at::kBool));
-  return result;
+  const Tensor best =
+      std::get<1>(keys.sort(/*stable=*/true, -1, /*descending=*/false))
+          .narrow(-1, 0, k);
+  Tensor valid = mask.defined()
+      ? mask.gather(-1, best)
+      : at::ones_like(best, best.options().dtype(at::kBool));
+  if (k_of_row.defined()) {
+    valid = valid.logical_and(at::arange(k, best.options()) < k_of_row);
+  }
+  const auto [indices, order] = best.sort(-1);
+  return {indices, valid.gather(-1, order)};
 }
 
 } // namespace functional
