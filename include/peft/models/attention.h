@@ -57,22 +57,15 @@ inline Tensor causal_mask(const TokenInputs& tokens) {
 }
 
 /// `mask` of a stack of `length` tokens, cut to those that one layer sees.
-inline Tensor
-causal_mask(const LayerCall& call, const Tensor& mask, int64_t length) {
-  if (call.is_whole()) {
-    return call.attention(mask);
+inline Tensor causal_mask(const LayerCall& call, Tensor mask, int64_t length) {
+  if (call.is_whole() && !call.valid.defined()) {
+    return mask;
   }
   // Tokens that were picked out do not stand in a triangle any more.
-  const auto whole = mask.defined()
-      ? mask
-      : causal_mask(Tensor(), length, length, call.hidden.device());
-  TORCH_CHECK(
-      whole.size(3) == length,
-      "peft: a method that sends tokens around a layer cannot run with ",
-      whole.size(3) - length,
-      " tokens in a cache or a prefix in front of them; disable one of the two "
-      "adapters, or generate without a cache");
-  return call.attention(whole);
+  if (!mask.defined()) {
+    mask = causal_mask(Tensor(), length, length, call.hidden.device());
+  }
+  return call.attention(mask, mask.size(3) - length);
 }
 
 /// Attention of the last tokens over all: `query` `[batch, heads, queries,
@@ -108,10 +101,19 @@ inline Tensor causal_attention(
       .flatten(2);
 }
 
-/// Where a block keeps its keys and values; side networks have places of their
-/// own behind the layers'.
+/// Where a block keeps its keys and values: a side network's stand behind those
+/// of the layers.
 inline size_t cache_slot(const LayerCall& call, int64_t num_layers) {
   return static_cast<size_t>(call.layer + (call.side ? num_layers : 0));
+}
+
+/// `call` with its tokens normalised by `norm`, as pre-norm layers begin.
+template <class Norm>
+LayerCall normalised(LayerCall call, Norm& norm) {
+  const bool is_one = call.context.is_same(call.hidden);
+  call.hidden = norm->forward(call.hidden);
+  call.context = is_one ? call.hidden : norm->forward(call.context);
+  return call;
 }
 
 /// The part of a decoder's attention mask that belongs to the tokens of this

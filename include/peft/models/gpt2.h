@@ -6,7 +6,8 @@
 // a decoder whose layers are x + attention(norm(x)), then x + mlp(norm(x)).
 // Every module is registered under the name Hugging Face gives it
 // ("transformer.h.0.attn.c_attn"), so checkpoints load by name and adapter
-// files fit both ways.
+// files fit both ways. extra_tokens and layer_loop are the two lines that a
+// network of one's own would copy for methods that no weight can carry.
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
@@ -29,6 +30,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 namespace peft::models {
@@ -41,6 +43,22 @@ namespace peft::models {
 /// Gpt2ForCausalLM model(Gpt2Options().n_embd(768).n_layer(12).n_head(12));
 /// ```
 struct Gpt2Options {
+  /// The same network with its widths divided by `reduction`.
+  Gpt2Options reduced(int64_t reduction) const {
+    const auto inner = n_inner().value_or(4 * n_embd());
+    TORCH_CHECK_VALUE(
+        reduction > 0 && n_embd() % reduction == 0 && inner % reduction == 0,
+        "peft: a reduction must divide n_embd (",
+        n_embd(),
+        ") and n_inner (",
+        inner,
+        "), got ",
+        reduction);
+    return Gpt2Options(*this)
+        .n_embd(n_embd() / reduction)
+        .n_inner(inner / reduction);
+  }
+
   TORCH_ARG(int64_t, vocab_size) = 50257;
   TORCH_ARG(int64_t, n_positions) = 1024;
   TORCH_ARG(int64_t, n_embd) = 768;
@@ -119,28 +137,29 @@ struct Gpt2AttentionImpl : torch::nn::Cloneable<Gpt2AttentionImpl> {
         "resid_dropout", torch::nn::Dropout(options.resid_pdrop()));
   }
 
-  /// Queries are made of `x`, keys and values of `context`, which is `x` unless
-  /// a method keeps more keys than queries; those that `past` holds at `slot`
-  /// stand in front.
-  Tensor forward(
-      const Tensor& x,
-      const Tensor& context,
-      const Tensor& mask,
-      KeyValues* past,
-      size_t slot) {
-    const auto heads = options.n_head();
-    const auto split = [heads](const Tensor& packed) {
-      return packed.unflatten(-1, {3, heads, -1}).permute({2, 0, 3, 1, 4});
-    };
-    const auto qkv = split(c_attn->forward(x)); // [3, batch, heads, length, d]
-    const auto kv = context.is_same(x) ? qkv : split(c_attn->forward(context));
-    auto key = kv[1];
-    auto value = kv[2];
+  /// `mask` is that of `causal_attention`; `past` holds keys and values that
+  /// stand in front, or is null.
+  Tensor forward(const LayerCall& call, const Tensor& mask, KeyValues* past) {
+    const auto split = // [query, key or value, batch, heads, length, head_dim]
+        [heads = options.n_head()](const Tensor& packed) {
+          return packed.unflatten(-1, {3, heads, -1}).permute({2, 0, 3, 1, 4});
+        };
+    const auto of_hidden = split(c_attn->forward(call.hidden));
+    const auto of_context = call.context.is_same(call.hidden)
+        ? of_hidden
+        : split(c_attn->forward(call.context));
+    auto key = of_context[1];
+    auto value = of_context[2];
     if (past != nullptr) {
-      std::tie(key, value) = past->update(slot, key, value);
+      std::tie(key, value) =
+          past->update(cache_slot(call, options.n_layer()), key, value);
     }
     const auto attended = causal_attention(
-        qkv[0], key, value, mask, is_training() ? options.attn_pdrop() : 0.0);
+        of_hidden[0],
+        key,
+        value,
+        mask,
+        is_training() ? options.attn_pdrop() : 0.0);
     return resid_dropout->forward(c_proj->forward(attended));
   }
 
@@ -190,20 +209,9 @@ struct Gpt2BlockImpl : torch::nn::Cloneable<Gpt2BlockImpl> {
     mlp = register_module("mlp", Gpt2Mlp(options));
   }
 
-  Tensor forward(
-      const Tensor& x,
-      const Tensor& context,
-      const Tensor& mask,
-      KeyValues* past,
-      size_t slot) {
-    const auto normed = ln_1->forward(x);
-    const auto attended = x +
-        attn->forward(
-            normed,
-            context.is_same(x) ? normed : ln_1->forward(context),
-            mask,
-            past,
-            slot);
+  Tensor forward(const LayerCall& call, const Tensor& mask, KeyValues* past) {
+    const auto attended =
+        call.hidden + attn->forward(normalised(call, ln_1), mask, past);
     return attended + mlp->forward(ln_2->forward(attended));
   }
 
@@ -271,11 +279,9 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
             *h,
             [&](torch::nn::Module& block, const LayerCall& call) {
               return block.as<Gpt2BlockImpl>()->forward(
-                  call.hidden,
-                  call.context,
+                  call,
                   causal_mask(call, mask, hidden.size(1)),
-                  tokens.key_values(),
-                  cache_slot(call, options.n_layer()));
+                  tokens.key_values());
             },
             torch::nn::AnyModule(ln_f))
         .hidden;
@@ -311,20 +317,14 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
 
   /// What routers and side networks must know of the layers.
   LayerLoopOptions layer_loop_options() const {
-    const auto narrower = [options = options](int64_t reduction) {
-      auto side = Gpt2Options(options).n_embd(options.n_embd() / reduction);
-      if (options.n_inner()) {
-        side.n_inner(*options.n_inner() / reduction);
-      }
-      return side;
-    };
     return LayerLoopOptions(options.n_embd(), options.n_layer())
         .causal(true)
-        .side_block([narrower](int64_t /*layer*/, int64_t reduction) {
-          return std::make_shared<Gpt2BlockImpl>(narrower(reduction));
+        .side_block([options = options](int64_t /*layer*/, int64_t reduction) {
+          return std::make_shared<Gpt2BlockImpl>(options.reduced(reduction));
         })
-        .side_norm([narrower](int64_t reduction) {
-          return torch::nn::AnyModule(detail::gpt2_norm(narrower(reduction)));
+        .side_norm([options = options](int64_t reduction) {
+          return torch::nn::AnyModule(
+              detail::gpt2_norm(options.reduced(reduction)));
         })
         .input_norm([](torch::nn::Module& block, const Tensor& x) {
           return block.as<Gpt2BlockImpl>()->ln_1->forward(x);

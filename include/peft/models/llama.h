@@ -7,8 +7,10 @@
 // (arXiv:2002.05202), and keys and values shared by groups of heads
 // (arXiv:2305.13245). Every module is registered under the name Hugging Face
 // gives it ("model.layers.0.self_attn.q_proj"), so checkpoints load by name and
-// adapter files fit both ways. Rotations are the original ones: checkpoints
-// with a `rope_scaling` need more than this network does.
+// adapter files fit both ways. extra_tokens and layer_loop are the two lines
+// that a network of one's own would copy for methods that no weight can carry.
+// Rotations are the original ones: a checkpoint with `rope_scaling` needs more
+// than this network does.
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
@@ -29,6 +31,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -45,6 +48,27 @@ namespace peft::models {
 ///         .intermediate_size(5632));
 /// ```
 struct LlamaOptions {
+  /// The same network with its widths divided by `reduction`.
+  LlamaOptions reduced(int64_t reduction) const {
+    const auto size =
+        head_dim().value_or(hidden_size() / num_attention_heads());
+    TORCH_CHECK_VALUE(
+        reduction > 0 && hidden_size() % reduction == 0 &&
+            intermediate_size() % reduction == 0 && size % reduction == 0,
+        "peft: a reduction must divide hidden_size (",
+        hidden_size(),
+        "), intermediate_size (",
+        intermediate_size(),
+        ") and head_dim (",
+        size,
+        "), got ",
+        reduction);
+    return LlamaOptions(*this)
+        .hidden_size(hidden_size() / reduction)
+        .intermediate_size(intermediate_size() / reduction)
+        .head_dim(size / reduction);
+  }
+
   TORCH_ARG(int64_t, vocab_size) = 32000;
   TORCH_ARG(int64_t, hidden_size) = 4096;
   TORCH_ARG(int64_t, intermediate_size) = 11008;
@@ -124,33 +148,17 @@ struct LlamaRotation {
     cos = both.cos().to(dtype);
     sin = both.sin().to(dtype);
   }
-
-  LlamaRotation(Tensor cos_, Tensor sin_)
-      : cos(std::move(cos_)), sin(std::move(sin_)) {}
-
-  /// Rotates the pairs (x[i], x[i + head_dim / 2]) of `[batch, heads, length,
-  /// head_dim]`.
-  Tensor operator()(const Tensor& x) const {
-    const auto halves = x.chunk(2, -1);
-    const auto turned = at::cat({-halves[1], halves[0]}, -1);
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1);
-  }
 };
+
+/// Turns the pairs (x[i], x[i + head_dim / 2]) of `[batch, heads, length,
+/// head_dim]` by angles `[batch, length, head_dim]`.
+inline Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const auto halves = x.chunk(2, -1);
+  const auto turned = at::cat({-halves[1], halves[0]}, -1);
+  return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1);
+}
 
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Layer ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-
-/// What a layer's attention must know beside its tokens.
-struct LlamaContext {
-  /// `[batch, keys, hidden]`, of which keys and values are made: the layer's
-  /// input itself unless a method keeps more keys than queries.
-  Tensor keys_from;
-  LlamaRotation rotate_queries;
-  LlamaRotation rotate_keys;
-  Tensor mask;
-  /// Keys and values that stand in front, at `slot`; or null.
-  KeyValues* past;
-  size_t slot;
-};
 
 /// Causal attention with rotary positions, `[batch, length, hidden]` -> the
 /// same.
@@ -193,22 +201,35 @@ struct LlamaAttentionImpl : torch::nn::Cloneable<LlamaAttentionImpl> {
     o_proj = register_module("o_proj", linear(heads * size, hidden));
   }
 
-  Tensor forward(const Tensor& x, const LlamaContext& context) {
+  /// `rotation` is that of all tokens, `mask` that of `causal_attention`;
+  /// `past` holds keys and values that stand in front, or is null.
+  Tensor forward(
+      const LayerCall& call,
+      const LlamaRotation& rotation,
+      const Tensor& mask,
+      KeyValues* past) {
     const auto split = // [batch, heads, length, head_dim]
         [size = detail::llama_head_dim(options)](const Tensor& packed) {
           return packed.unflatten(-1, {-1, size}).transpose(1, 2);
         };
-    const auto query = context.rotate_queries(split(q_proj->forward(x)));
-    auto key = context.rotate_keys(split(k_proj->forward(context.keys_from)));
-    auto value = split(v_proj->forward(context.keys_from));
-    if (context.past != nullptr) {
-      std::tie(key, value) = context.past->update(context.slot, key, value);
+    const auto query = rotate(
+        split(q_proj->forward(call.hidden)),
+        call.of_queries(rotation.cos),
+        call.of_queries(rotation.sin));
+    auto key = rotate(
+        split(k_proj->forward(call.context)),
+        call.of_keys(rotation.cos),
+        call.of_keys(rotation.sin));
+    auto value = split(v_proj->forward(call.context));
+    if (past != nullptr) {
+      const auto slot = cache_slot(call, options.num_hidden_layers());
+      std::tie(key, value) = past->update(slot, key, value);
     }
     return o_proj->forward(causal_attention(
         query,
         key,
         value,
-        context.mask,
+        mask,
         is_training() ? options.attention_dropout() : 0.0));
   }
 
@@ -267,12 +288,14 @@ struct LlamaDecoderLayerImpl : torch::nn::Cloneable<LlamaDecoderLayerImpl> {
         LlamaRMSNorm(options.hidden_size(), options.rms_norm_eps()));
   }
 
-  Tensor forward(const Tensor& x, LlamaContext context) {
-    const auto normed = input_layernorm->forward(x);
-    context.keys_from = context.keys_from.is_same(x)
-        ? normed
-        : input_layernorm->forward(context.keys_from);
-    const auto attended = x + self_attn->forward(normed, context);
+  Tensor forward(
+      const LayerCall& call,
+      const LlamaRotation& rotation,
+      const Tensor& mask,
+      KeyValues* past) {
+    const auto attended = call.hidden +
+        self_attn->forward(
+            normalised(call, input_layernorm), rotation, mask, past);
     return attended + mlp->forward(post_attention_layernorm->forward(attended));
   }
 
@@ -329,9 +352,10 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
          position_ids,
          cache});
     const auto mask = causal_mask(tokens);
+    const auto positions = tokens.positions(); // before the cache grows
     const auto rotations = [&](const LlamaOptions& sizes) {
       return LlamaRotation(
-          tokens.positions(),
+          positions,
           detail::llama_head_dim(sizes),
           sizes.rope_theta(),
           tokens.embeds.scalar_type());
@@ -345,15 +369,11 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
             [&](torch::nn::Module& block, const LayerCall& call) {
               auto& layer = *block.as<LlamaDecoderLayerImpl>();
               // A side network's heads are smaller.
-              const auto all = call.side ? rotations(layer.options) : rotation;
               return layer.forward(
-                  call.hidden,
-                  {call.context,
-                   {call.of_queries(all.cos), call.of_queries(all.sin)},
-                   {call.of_keys(all.cos), call.of_keys(all.sin)},
-                   causal_mask(call, mask, tokens.embeds.size(1)),
-                   tokens.key_values(),
-                   cache_slot(call, options.num_hidden_layers())});
+                  call,
+                  call.side ? rotations(layer.options) : rotation,
+                  causal_mask(call, mask, tokens.embeds.size(1)),
+                  tokens.key_values());
             },
             torch::nn::AnyModule(norm))
         .hidden;
@@ -386,23 +406,14 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
 
   /// What routers and side networks must know of the layers.
   LayerLoopOptions layer_loop_options() const {
-    const auto narrower = [options = options](int64_t reduction) {
-      auto side =
-          LlamaOptions(options)
-              .hidden_size(options.hidden_size() / reduction)
-              .intermediate_size(options.intermediate_size() / reduction);
-      if (options.head_dim()) {
-        side.head_dim(*options.head_dim() / reduction);
-      }
-      return side;
-    };
     return LayerLoopOptions(options.hidden_size(), options.num_hidden_layers())
         .causal(true)
-        .side_block([narrower](int64_t /*layer*/, int64_t reduction) {
-          return std::make_shared<LlamaDecoderLayerImpl>(narrower(reduction));
+        .side_block([options = options](int64_t /*layer*/, int64_t reduction) {
+          return std::make_shared<LlamaDecoderLayerImpl>(
+              options.reduced(reduction));
         })
-        .side_norm([narrower](int64_t reduction) {
-          const auto side = narrower(reduction);
+        .side_norm([options = options](int64_t reduction) {
+          const auto side = options.reduced(reduction);
           return torch::nn::AnyModule(
               LlamaRMSNorm(side.hidden_size(), side.rms_norm_eps()));
         })
