@@ -11,6 +11,8 @@
 #include <peft/core/delta.h>
 #include <peft/core/adapted_weight.h>
 #include <peft/core/attach.h>
+#include <peft/core/extra_tokens.h>
+#include <peft/core/layer_loop.h>
 #include <peft/core/adapter.h>
 #include <peft/core/active.h>
 #include <peft/core/merge.h>
@@ -23,6 +25,7 @@
 
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
+#include <peft/methods/ia3.h>
 
 #include <peft/train/check_optimizer.h>
 

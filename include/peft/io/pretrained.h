@@ -12,6 +12,7 @@
 #include <peft/io/adapter_config.h>
 #include <peft/io/formats/bitfit.h>
 #include <peft/io/formats/format.h>
+#include <peft/io/formats/ia3.h>
 #include <peft/io/formats/lora.h>
 #include <peft/io/safetensors.h>
 
@@ -211,6 +212,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
   static const std::vector<std::shared_ptr<const AdapterFormat>> all{
       std::make_shared<LoraFormat>(),
       std::make_shared<BitFitFormat>(),
+      std::make_shared<Ia3Format>(),
   };
   return all;
 }

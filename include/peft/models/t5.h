@@ -4,25 +4,25 @@
 // tokens stand only by a learnt bias on their distance.
 //
 // Raffel et al. 2019, arXiv:1910.10683 (v1.0: relu, the embedding is the output
-// layer too); v1.1 and Flan-T5 have a gated gelu and an lm_head of their own.
+// layer too); v1.1 and Flan-T5 have a gated gelu and an output layer of their
+// own. One head of attention is
 //
-//   softmax(q kᵀ + bias[bucket(key - query)]) v     with no 1/sqrt(d_kv)
+//   softmax(q kᵀ + bias[bucket(place of k - place of q)]) v
 //
 // Every module is registered under the name Hugging Face gives it
-// ("decoder.block.0.layer.1.EncDecAttention.q"), so checkpoints load by name.
-// The token embedding is registered once, as "shared", and a tied output layer
-// not at all: an optimizer that was given model->parameters() steps each tensor
-// once. Files that repeat it load with
-//
-//   peft::BaseWeightsOptions().ignore_extra({"embed_tokens.weight"})
-//
-// ("lm_head.weight" too where it is tied). Run in float32 or bfloat16: the
-// published weights overflow in float16.
+// ("decoder.block.0.layer.1.EncDecAttention.q"), so checkpoints load by name
+// and adapter files fit both ways. Old ones hold a table that nothing reads:
+// load_base(*model, path, BaseWeightsOptions().ignore_extra(
+// {"EncDecAttention.relative_attention_bias.weight"})). Run in float32 or
+// bfloat16: with the published weights float16 overflows.
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/models/attention.h>
+#include <peft/models/generation.h>
+#include <peft/models/lm_head.h>
+#include <peft/models/t5/layers.h>
 
-#include <torch/arg.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/init.h>
 #include <torch/nn/modules/common.h>
@@ -30,7 +30,6 @@
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/embedding.h>
-#include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
@@ -39,371 +38,408 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <string>
-#include <tuple>
 #include <utility>
 
 namespace peft::models {
 
-using torch::Tensor;
-
-/// Sizes of a network, by the names of Hugging Face's `config.json`.
-///
-/// Example, Flan-T5-small:
-/// ```
-/// using namespace peft::models;
-/// T5ForConditionalGeneration model(
-///     T5Options().d_ff(1024).num_layers(8).num_heads(6)
-///         .feed_forward_proj("gated-gelu").tie_word_embeddings(false));
-/// ```
-struct T5Options {
-  TORCH_ARG(int64_t, vocab_size) = 32128;
-  TORCH_ARG(int64_t, d_model) = 512;
-  /// Width of one head, whatever d_model and num_heads are.
-  TORCH_ARG(int64_t, d_kv) = 64;
-  TORCH_ARG(int64_t, d_ff) = 2048;
-  TORCH_ARG(int64_t, num_layers) = 6;
-  /// Absent: as many as the encoder has.
-  TORCH_ARG(std::optional<int64_t>, num_decoder_layers);
-  TORCH_ARG(int64_t, num_heads) = 8;
-  TORCH_ARG(int64_t, relative_attention_num_buckets) = 32;
-  /// Tokens as far apart as this, or farther, share one bucket.
-  TORCH_ARG(int64_t, relative_attention_max_distance) = 128;
-  TORCH_ARG(double, dropout_rate) = 0.1;
-  TORCH_ARG(double, layer_norm_epsilon) = 1e-6;
-  /// "relu" (v1.0) or "gated-gelu" (v1.1).
-  TORCH_ARG(std::string, feed_forward_proj) = "relu";
-  /// true (v1.0): the output layer is `shared`, scaled by d_model^-0.5.
-  TORCH_ARG(bool, tie_word_embeddings) = true;
-  TORCH_ARG(int64_t, pad_token_id) = 0;
-  TORCH_ARG(int64_t, decoder_start_token_id) = 0;
+/// What a stack gives.
+struct T5StackOutput {
+  Tensor hidden; // [batch, length, d_model]
+  /// `[batch, length]`, 1 for a token and 0 for padding, or undefined: as it
+  /// was given, with ones for the embeddings that a prompt put in front.
+  Tensor attention_mask;
+  /// What an encoder's side network gave, for the decoder's; else undefined.
+  Tensor side;
 };
 
-namespace detail {
+/// What a decoder keeps between steps.
+struct T5Cache {
+  KeyValues self_attention;
+  KeyValues cross_attention;
+  /// Whether `cross_attention` holds the encoder's result yet; an adapter's
+  /// keys stand there before.
+  bool has_encoder = false;
+};
 
-inline void check(const T5Options& options) {
-  const auto positive = [](const char* name, int64_t value) {
-    TORCH_CHECK_VALUE(
-        value > 0, "peft: T5's ", name, " must be positive, got ", value);
-  };
-  positive("vocab_size", options.vocab_size());
-  positive("d_model", options.d_model());
-  positive("d_kv", options.d_kv());
-  positive("d_ff", options.d_ff());
-  positive("num_layers", options.num_layers());
-  positive("num_decoder_layers", options.num_decoder_layers().value_or(1));
-  positive("num_heads", options.num_heads());
-  const auto buckets = options.relative_attention_num_buckets();
-  TORCH_CHECK_VALUE(
-      buckets >= 4 && options.relative_attention_max_distance() > buckets / 2,
-      "peft: T5 needs relative_attention_num_buckets of 4 or more and a "
-      "relative_attention_max_distance above half of them, got ",
-      buckets,
-      " and ",
-      options.relative_attention_max_distance());
-  TORCH_CHECK_VALUE(
-      options.feed_forward_proj() == "relu" ||
-          options.feed_forward_proj() == "gated-gelu",
-      "peft: T5's feed_forward_proj must be \"relu\" or \"gated-gelu\", got \"",
-      options.feed_forward_proj(),
-      '"');
-  for (const auto id :
-       {options.pad_token_id(), options.decoder_start_token_id()}) {
-    TORCH_CHECK_VALUE(
-        id >= 0 && id < options.vocab_size(),
-        "peft: T5's pad_token_id and decoder_start_token_id must lie in the "
-        "vocabulary of ",
-        options.vocab_size(),
-        ", got ",
-        id);
-  }
-}
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Stack ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// A linear layer without bias, N(0, std).
-inline torch::nn::Linear t5_linear(int64_t in, int64_t out, double std) {
-  torch::nn::Linear layer(torch::nn::LinearOptions(in, out).bias(false));
-  torch::nn::init::normal_(layer->weight, 0, std);
-  return layer;
-}
-
-} // namespace detail
-
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ T5LayerNorm ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-
-/// x / sqrt(mean(x²) + eps) · weight, over the last dimension; the mean is taken
-/// in float32 at least.
-struct T5LayerNormImpl : torch::nn::Cloneable<T5LayerNormImpl> {
-  T5LayerNormImpl(int64_t size_, double eps_) : size(size_), eps(eps_) {
+/// The encoder or the decoder: token ids `[batch, length]` -> hidden states
+/// `[batch, length, d_model]`.
+struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
+  T5StackImpl(T5Options options_, bool is_decoder_)
+      : options(std::move(options_)), is_decoder(is_decoder_) {
+    detail::check(options);
     reset();
   }
 
   void reset() override {
-    weight = register_parameter("weight", torch::ones({size}));
-  }
-
-  Tensor forward(const Tensor& x) {
-    const auto wide =
-        x.to(at::promote_types(x.scalar_type(), torch::kFloat));
-    const auto variance = wide.square().mean(-1, /*keepdim=*/true);
-    return weight * (wide * at::rsqrt(variance + eps)).to(x.scalar_type());
-  }
-
-  int64_t size;
-  double eps;
-  Tensor weight;
-};
-TORCH_MODULE(T5LayerNorm);
-
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Feed-forward ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-
-/// wo(dropout(relu(wi x))), or wo(dropout(gelu(wi_0 x) · wi_1 x)) when gated.
-struct T5DenseReluDenseImpl : torch::nn::Cloneable<T5DenseReluDenseImpl> {
-  explicit T5DenseReluDenseImpl(T5Options options_)
-      : options(std::move(options_)) {
-    reset();
-  }
-
-  void reset() override {
-    const auto model = options.d_model();
-    const auto inner = options.d_ff();
-    const auto in = [&] {
-      return detail::t5_linear(model, inner, std::pow(model, -0.5));
-    };
-    if (options.feed_forward_proj() == "gated-gelu") {
-      wi_0 = register_module("wi_0", in());
-      wi_1 = register_module("wi_1", in());
-    } else {
-      wi = register_module("wi", in());
+    embed_tokens = register_module("embed_tokens", T5EmbedTokens(options));
+    extra_tokens = register_module(
+        "extra_tokens",
+        ExtraTokens(extra_tokens_options(is_decoder ? "decoder" : "encoder")
+                        .word_embeddings("embed_tokens")));
+    if (is_decoder) {
+      cross_extra_tokens = register_module(
+          "cross_extra_tokens", ExtraTokens(extra_tokens_options("cross")));
     }
-    wo = register_module(
-        "wo", detail::t5_linear(inner, model, std::pow(inner, -0.5)));
-    dropout =
-        register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
-  }
-
-  Tensor forward(const Tensor& x) {
-    const auto inner = wi.is_empty()
-        ? at::gelu(wi_0->forward(x), "tanh") * wi_1->forward(x)
-        : at::relu(wi->forward(x));
-    return wo->forward(dropout->forward(inner));
-  }
-
-  T5Options options;
-  torch::nn::Linear wi{nullptr};
-  torch::nn::Linear wi_0{nullptr};
-  torch::nn::Linear wi_1{nullptr};
-  torch::nn::Linear wo{nullptr};
-  torch::nn::Dropout dropout{nullptr};
-};
-TORCH_MODULE(T5DenseReluDense);
-
-struct T5LayerFFImpl : torch::nn::Cloneable<T5LayerFFImpl> {
-  explicit T5LayerFFImpl(T5Options options_) : options(std::move(options_)) {
-    reset();
-  }
-
-  void reset() override {
-    dense = register_module("DenseReluDense", T5DenseReluDense(options));
-    layer_norm = register_module(
-        "layer_norm",
+    block = register_module("block", torch::nn::ModuleList());
+    for (int64_t i = 0; i < num_layers(); ++i) {
+      block->push_back(T5Block(options, is_decoder, i == 0));
+    }
+    layer_loop = register_module("layer_loop", LayerLoop(layer_loop_options()));
+    final_layer_norm = register_module(
+        "final_layer_norm",
         T5LayerNorm(options.d_model(), options.layer_norm_epsilon()));
     dropout =
         register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
   }
 
-  Tensor forward(const Tensor& hidden) {
-    return hidden +
-        dropout->forward(dense->forward(layer_norm->forward(hidden)));
+  /// `attention_mask` `[batch, cached + length]` is 1 for a token and 0 for
+  /// padding; leave it out when nothing is padded. A decoder takes what the
+  /// encoder gave; with a cache it goes on after the tokens in there.
+  T5StackOutput forward(
+      const Tensor& input_ids,
+      const Tensor& attention_mask = {},
+      const T5StackOutput& encoded = {},
+      T5Cache* cache = nullptr) {
+    check(input_ids, attention_mask, encoded, cache);
+    auto tokens = extra_tokens->forward(
+        {embed_tokens->forward(input_ids),
+         attention_mask,
+         {},
+         cache ? &cache->self_attention : nullptr});
+    TokenInputs memory(
+        encoded.hidden,
+        encoded.attention_mask,
+        {},
+        cache ? &cache->cross_attention : nullptr);
+    if (is_decoder) {
+      memory = cross_extra_tokens->forward(memory);
+    }
+
+    const auto past = tokens.past(); // the cache grows below
+    auto bias = position_bias(*block[0]->as<T5BlockImpl>(), tokens, past);
+    const T5Source cross{
+        memory.embeds,
+        key_mask(memory.attention_mask),
+        memory.key_values(),
+        cache != nullptr && cache->has_encoder};
+    const auto run = [&](torch::nn::Module& each, const LayerCall& call) {
+      auto& layer = *each.as<T5BlockImpl>();
+      if (call.side && layer.has_relative_attention_bias) {
+        bias = position_bias(layer, tokens, past); // for those above it, too
+      }
+      const T5Source self{
+          call.context,
+          // A side network caches its own keys, whose end the mask's end is
+          // for.
+          call.side ? bias : call.attention(bias, past),
+          tokens.key_values()};
+      return layer.forward(
+          call.hidden,
+          cache_slot(call, num_layers()),
+          self,
+          call.side ? of_side(cross, encoded) : cross);
+    };
+    const auto output = layer_loop->forward(
+        dropout->forward(tokens.embeds),
+        mask_of_new_tokens(tokens),
+        *block,
+        run,
+        torch::nn::AnyModule(final_layer_norm));
+    if (cache != nullptr) {
+      cache->has_encoder = true;
+    }
+    return {
+        dropout->forward(output.hidden),
+        mask_of_new_tokens(tokens),
+        output.side.defined() ? dropout->forward(output.side) : output.side};
+  }
+
+  int64_t num_layers() const {
+    return is_decoder
+        ? options.num_decoder_layers().value_or(options.num_layers())
+        : options.num_layers();
   }
 
   T5Options options;
-  T5DenseReluDense dense{nullptr};
-  T5LayerNorm layer_norm{nullptr};
+  bool is_decoder;
+  T5EmbedTokens embed_tokens{nullptr};
+  ExtraTokens extra_tokens{nullptr};
+  ExtraTokens cross_extra_tokens{nullptr};
+  torch::nn::ModuleList block{nullptr};
+  LayerLoop layer_loop{nullptr};
+  T5LayerNorm final_layer_norm{nullptr};
   torch::nn::Dropout dropout{nullptr};
-};
-TORCH_MODULE(T5LayerFF);
 
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Attention ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-
-/// The bucket of a distance `key - query`: one for each short distance, then
-/// ever wider ones up to `max_distance`. Both directions share the buckets
-/// evenly; a decoder, which only looks back, has them all for that.
-inline Tensor t5_bucket(
-    const Tensor& distance,
-    bool bidirectional,
-    int64_t num_buckets,
-    int64_t max_distance) {
-  Tensor first = torch::zeros_like(distance);
-  Tensor far = (-distance).clamp_min(0);
-  if (bidirectional) {
-    num_buckets /= 2;
-    first = distance.gt(0).to(torch::kLong) * num_buckets;
-    far = distance.abs();
+ private:
+  /// What prompts and prefixes must know of this stack.
+  ExtraTokensOptions extra_tokens_options(const char* stack) const {
+    return ExtraTokensOptions(
+               options.d_model(),
+               num_layers(),
+               options.num_heads(),
+               options.d_kv())
+        .stack(stack);
   }
-  const auto exact = num_buckets / 2;
-  const auto above = at::log(far.clamp_min(exact).to(torch::kFloat) / exact) /
-      std::log(static_cast<double>(max_distance) / exact) *
-      (num_buckets - exact);
-  const auto wide =
-      (exact + above.to(torch::kLong)).clamp_max(num_buckets - 1);
-  return first + at::where(far < exact, far, wide);
-}
 
-/// What one attention looks at.
-struct T5Source {
-  Tensor states; // [batch, keys, d_model], what keys and values are made of
-  /// Boolean or added to the scores, broadcastable to `[batch, heads, queries,
-  /// cached + keys]`; undefined means everywhere.
-  Tensor mask;
-  KeyValues* cache = nullptr; // stands in front, and grows where it may
-  bool is_cached = false; // `cache` holds the keys and values of `states`
+  /// What routers and side networks must know of the layers. The first block of
+  /// a side network, whichever layer it stands for, is made as layer 0: it has
+  /// the table of distances.
+  LayerLoopOptions layer_loop_options() const {
+    const auto narrower = [options = options](int64_t reduction) {
+      return T5Options(options)
+          .d_model(options.d_model() / reduction)
+          .d_kv(options.d_kv() / reduction)
+          .d_ff(options.d_ff() / reduction);
+    };
+    return LayerLoopOptions(options.d_model(), num_layers())
+        .causal(is_decoder)
+        .side_block([narrower, is_decoder = is_decoder](
+                        int64_t layer, int64_t reduction) {
+          const auto side = narrower(reduction);
+          detail::check(side);
+          return std::make_shared<T5BlockImpl>(side, is_decoder, layer == 0);
+        })
+        .side_norm([narrower](int64_t reduction) {
+          const auto side = narrower(reduction);
+          return torch::nn::AnyModule(
+              T5LayerNorm(side.d_model(), side.layer_norm_epsilon()));
+        })
+        .input_norm([](torch::nn::Module& each, const Tensor& x) {
+          return each.as<T5BlockImpl>()->self_attention().layer_norm->forward(
+              x);
+        });
+  }
+
+  /// A block's bias on distances, with -inf where a token may not look, `[batch
+  /// or 1, heads, length, past + length]`.
+  Tensor position_bias(
+      T5BlockImpl& layer,
+      const TokenInputs& tokens,
+      int64_t past) const {
+    const auto length = tokens.embeds.size(1);
+    const auto bias =
+        layer.self_attention().SelfAttention->position_bias(past, length);
+    const auto mask = is_decoder
+        ? causal_mask(
+              tokens.attention_mask, length, past + length, bias.device())
+        : key_mask(tokens.attention_mask);
+    return mask.defined()
+        ? bias.masked_fill(
+              mask.logical_not(), -std::numeric_limits<double>::infinity())
+        : bias;
+  }
+
+  /// `[batch, keys]` -> boolean `[batch, 1, 1, keys]`.
+  static Tensor key_mask(const Tensor& attention_mask) {
+    return attention_mask.defined()
+        ? attention_mask.to(torch::kBool).unsqueeze(1).unsqueeze(1)
+        : attention_mask;
+  }
+
+  /// The same keys of the encoder, as its side network gives them.
+  static T5Source of_side(T5Source cross, const T5StackOutput& encoded) {
+    TORCH_CHECK(
+        !encoded.hidden.defined() || encoded.side.defined(),
+        "peft: the side network of T5's decoder reads that of the encoder, "
+        "which has none; attach one to the whole model");
+    cross.states = encoded.side;
+    return cross;
+  }
+
+  void check(
+      const Tensor& input_ids,
+      const Tensor& attention_mask,
+      const T5StackOutput& encoded,
+      const T5Cache* cache) const {
+    TORCH_CHECK(
+        encoded.hidden.defined() == is_decoder && (is_decoder || !cache),
+        "peft: T5's decoder takes what its encoder gave; the encoder takes "
+        "neither that nor a cache");
+    check_decoder_inputs(
+        input_ids,
+        attention_mask,
+        Tensor(),
+        cache ? &cache->self_attention : nullptr);
+    TORCH_CHECK(
+        !is_decoder || encoded.hidden.size(0) == input_ids.size(0),
+        "peft: the decoder has ",
+        input_ids.size(0),
+        " rows and the encoder ",
+        is_decoder ? encoded.hidden.size(0) : 0);
+  }
 };
+TORCH_MODULE(T5Stack);
 
-/// Multi-head attention, `[batch, queries, d_model]` -> the same.
-struct T5AttentionImpl : torch::nn::Cloneable<T5AttentionImpl> {
-  T5AttentionImpl(
-      T5Options options_,
-      bool has_relative_attention_bias_ = false,
-      bool bidirectional_ = true)
-      : options(std::move(options_)),
-        has_relative_attention_bias(has_relative_attention_bias_),
-        bidirectional(bidirectional_) {
-    reset();
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Models ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+
+/// The two stacks and the embedding they share: what both models below are.
+template <class Derived>
+struct T5NetworkImpl : torch::nn::Cloneable<Derived> {
+  explicit T5NetworkImpl(T5Options options_) : options(std::move(options_)) {
+    detail::check(options);
   }
 
   void reset() override {
-    const auto model = options.d_model();
-    const auto inner = options.num_heads() * options.d_kv();
-    const auto std = std::pow(model, -0.5);
-    // The scale that T5 leaves out of its scores is in q's first values.
-    q = register_module(
-        "q",
-        detail::t5_linear(model, inner, std * std::pow(options.d_kv(), -0.5)));
-    k = register_module("k", detail::t5_linear(model, inner, std));
-    v = register_module("v", detail::t5_linear(model, inner, std));
-    o = register_module(
-        "o", detail::t5_linear(inner, model, std::pow(inner, -0.5)));
-    if (has_relative_attention_bias) {
-      relative_attention_bias = register_module(
-          "relative_attention_bias",
-          torch::nn::Embedding(
-              options.relative_attention_num_buckets(), options.num_heads()));
-      torch::nn::init::normal_(relative_attention_bias->weight, 0, std);
-    }
+    shared = this->register_module(
+        "shared",
+        torch::nn::Embedding(options.vocab_size(), options.d_model()));
+    encoder = this->register_module("encoder", T5Stack(options, false));
+    decoder = this->register_module("decoder", T5Stack(options, true));
+    tie();
   }
 
-  /// The bias of `queries` tokens that stand after `past` others, `[1, heads,
-  /// queries, past + queries]`.
-  Tensor position_bias(int64_t past, int64_t queries) {
-    const auto place = torch::arange(
-        past + queries,
-        torch::dtype(torch::kLong)
-            .device(relative_attention_bias->weight.device()));
-    const auto bucket = t5_bucket(
-        place.unsqueeze(0) - place.narrow(0, past, queries).unsqueeze(1),
-        bidirectional,
-        options.relative_attention_num_buckets(),
-        options.relative_attention_max_distance());
-    return relative_attention_bias->forward(bucket)
-        .permute({2, 0, 1})
-        .unsqueeze(0);
+  /// `attention_mask` `[batch, length]` is 1 for a token and 0 for padding;
+  /// leave it out when nothing is padded.
+  T5StackOutput encode(
+      const Tensor& input_ids,
+      const Tensor& attention_mask = {}) {
+    return encoder->forward(input_ids, attention_mask);
+  }
+
+  /// The hidden states of the decoder's tokens `[batch, length]`. With a cache
+  /// they come after those in there, and the mask covers both.
+  Tensor decode(
+      const Tensor& decoder_input_ids,
+      const T5StackOutput& encoded,
+      const Tensor& decoder_attention_mask = {},
+      T5Cache* cache = nullptr) {
+    return decoder
+        ->forward(decoder_input_ids, decoder_attention_mask, encoded, cache)
+        .hidden;
+  }
+
+  /// Lets both stacks look up `shared`.
+  void tie() {
+    encoder->embed_tokens->tie(shared->weight);
+    decoder->embed_tokens->tie(shared->weight);
+  }
+
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device =
+          std::nullopt) const override {
+    auto copy = torch::nn::Cloneable<Derived>::clone(device);
+    copy->template as<Derived>()->tie();
+    return copy;
+  }
+
+  T5Options options;
+  torch::nn::Embedding shared{nullptr};
+  T5Stack encoder{nullptr};
+  T5Stack decoder{nullptr};
+};
+
+/// The bare network: token ids of both sides -> the decoder's hidden states
+/// `[batch, length, d_model]`.
+struct T5ModelImpl : T5NetworkImpl<T5ModelImpl> {
+  explicit T5ModelImpl(T5Options options_)
+      : T5NetworkImpl(std::move(options_)) {
+    reset();
   }
 
   Tensor forward(
-      const Tensor& hidden,
-      const T5Source& source,
-      int64_t layer) {
-    const auto split = [&](const Tensor& x) { // [batch, heads, length, d_kv]
-      return x.unflatten(-1, {options.num_heads(), options.d_kv()})
-          .transpose(1, 2);
-    };
-    Tensor keys, values;
-    if (source.is_cached) {
-      keys = source.cache->keys.at(layer);
-      values = source.cache->values.at(layer);
-    } else {
-      keys = split(k->forward(source.states));
-      values = split(v->forward(source.states));
-      if (source.cache != nullptr) {
-        std::tie(keys, values) = source.cache->update(layer, keys, values);
-      }
-    }
-    std::optional<Tensor> mask;
-    const auto query = split(q->forward(hidden));
-    if (source.mask.defined()) {
-      // Virtual tokens stand in front, and not before every layer.
-      const auto count = keys.size(2);
-      mask = source.mask.narrow(-1, source.mask.size(-1) - count, count);
-      if (mask->scalar_type() != torch::kBool) {
-        mask = mask->to(query.scalar_type());
-      }
-    }
-    const auto context = at::scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        mask,
-        is_training() ? options.dropout_rate() : 0.0,
-        /*is_causal=*/false,
-        /*scale=*/1.0);
-    return o->forward(context.transpose(1, 2).flatten(2));
+      const Tensor& input_ids,
+      const Tensor& attention_mask,
+      const Tensor& decoder_input_ids,
+      const Tensor& decoder_attention_mask = {}) {
+    return decode(
+        decoder_input_ids,
+        encode(input_ids, attention_mask),
+        decoder_attention_mask);
   }
 
-  T5Options options;
-  bool has_relative_attention_bias;
-  bool bidirectional;
-  torch::nn::Linear q{nullptr};
-  torch::nn::Linear k{nullptr};
-  torch::nn::Linear v{nullptr};
-  torch::nn::Linear o{nullptr};
-  torch::nn::Embedding relative_attention_bias{nullptr};
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Tensor())})
 };
-TORCH_MODULE(T5Attention);
+TORCH_MODULE(T5Model);
 
-/// hidden + dropout(attention(norm(hidden))), to itself or to an encoder's
-/// result.
-struct T5LayerAttentionImpl : torch::nn::Cloneable<T5LayerAttentionImpl> {
-  /// `name` is the attention's: "SelfAttention" or "EncDecAttention".
-  T5LayerAttentionImpl(
-      T5Options options_,
-      std::string name_,
-      bool has_relative_attention_bias_ = false,
-      bool bidirectional_ = true)
-      : options(std::move(options_)),
-        attention_name(std::move(name_)),
-        has_relative_attention_bias(has_relative_attention_bias_),
-        bidirectional(bidirectional_) {
+/// The network with its output layer: token ids of both sides -> logits
+/// `[batch, length, vocab_size]`. Training takes
+///
+///     logits = model->forward(ids, mask, model->shift_right(labels));
+///     loss = cross_entropy(logits.flatten(0, 1), labels.flatten());
+struct T5ForConditionalGenerationImpl
+    : T5NetworkImpl<T5ForConditionalGenerationImpl> {
+  explicit T5ForConditionalGenerationImpl(T5Options options_)
+      : T5NetworkImpl(std::move(options_)) {
     reset();
   }
 
   void reset() override {
-    attention = register_module(
-        attention_name,
-        T5Attention(options, has_relative_attention_bias, bidirectional));
-    layer_norm = register_module(
-        "layer_norm",
-        T5LayerNorm(options.d_model(), options.layer_norm_epsilon()));
-    dropout =
-        register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
+    T5NetworkImpl::reset();
+    lm_head = register_module(
+        "lm_head", LmHead(options.d_model(), options.vocab_size()));
+    torch::nn::init::normal_(lm_head->weight);
+    tie();
   }
 
-  Tensor forward(const Tensor& hidden, T5Source source, int64_t layer) {
-    const auto normed = layer_norm->forward(hidden);
-    if (source.states.is_same(hidden)) {
-      source.states = normed;
-    } else if (attention_name == "SelfAttention") {
-      source.states = layer_norm->forward(source.states);
+  Tensor forward(
+      const Tensor& input_ids,
+      const Tensor& attention_mask,
+      const Tensor& decoder_input_ids,
+      const Tensor& decoder_attention_mask = {}) {
+    return logits(decode(
+        decoder_input_ids,
+        encode(input_ids, attention_mask),
+        decoder_attention_mask));
+  }
+
+  /// The output layer, on what `decode` gives.
+  Tensor logits(const Tensor& hidden) {
+    return lm_head->forward(
+        options.tie_word_embeddings()
+            ? hidden * std::pow(options.d_model(), -0.5)
+            : hidden);
+  }
+
+  /// The decoder's token ids for `labels` `[batch, length]`: each stands one
+  /// place later, the start token first, and -100 becomes padding.
+  Tensor shift_right(const Tensor& labels) const {
+    TORCH_CHECK(
+        labels.dim() == 2,
+        "peft: labels must have the shape [batch, length], got ",
+        labels.sizes());
+    const auto shifted =
+        at::constant_pad_nd(labels, {1, -1}, options.decoder_start_token_id());
+    return shifted.masked_fill(shifted.eq(-100), options.pad_token_id());
+  }
+
+  void tie() {
+    T5NetworkImpl::tie();
+    if (options.tie_word_embeddings()) {
+      lm_head->tie(shared->weight);
     }
-    return hidden +
-        dropout->forward(attention->forward(normed, source, layer));
   }
 
-  T5Options options;
-  std::string attention_name;
-  bool has_relative_attention_bias;
-  bool bidirectional;
-  T5Attention attention{nullptr};
-  T5LayerNorm layer_norm{nullptr};
-  torch::nn::Dropout dropout{nullptr};
+  LmHead lm_head{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Tensor())})
 };
-TORCH_MODULE(T5LayerAttention);
+TORCH_MODULE(T5ForConditionalGeneration);
+
+/// Writes an answer to `input_ids` `[batch, length]`, one token a step, padding
+/// on either side; -> `[batch, 1 + new]`, the start token first. Call
+/// `model->eval()` first.
+inline Tensor generate(
+    T5ForConditionalGeneration model,
+    const Tensor& input_ids,
+    const Tensor& attention_mask = {},
+    GenerationOptions options = {}) {
+  torch::NoGradGuard no_grad;
+  if (!options.pad_token_id()) {
+    options.pad_token_id(model->options.pad_token_id());
+  }
+  const auto encoded = model->encode(input_ids, attention_mask);
+  const auto start = at::full(
+      {input_ids.size(0), 1},
+      model->options.decoder_start_token_id(),
+      input_ids.options());
+  T5Cache cache;
+  return extend_sequences(start, options, [&](const Tensor& tokens) {
+    return model->logits(model->decode(tokens, encoded, Tensor(), &cache));
+  });
+}
+
+} // namespace peft::models

@@ -107,10 +107,38 @@ inline torch::nn::Linear t5_linear(int64_t in, int64_t out, double std) {
 
 } // namespace detail
 
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Embedding ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+
+/// A stack's token embedding. A tied one looks up the network's `shared` and,
+/// as LmHead, is no part of an archive; a clone must be tied again.
+struct T5EmbedTokensImpl : torch::nn::EmbeddingImpl {
+  explicit T5EmbedTokensImpl(const T5Options& options)
+      : torch::nn::EmbeddingImpl(options.vocab_size(), options.d_model()) {}
+
+  /// Uses `table` `[vocab_size, d_model]` as the weight from now on.
+  void tie(const Tensor& table) {
+    // The register keeps an empty tensor: an optimizer over parameters() must
+    // not step the shared one twice.
+    auto registered = *named_parameters(/*recurse=*/false).find("weight");
+    registered.set_requires_grad(false);
+    registered.set_data(
+        torch::empty({0}, table.options().requires_grad(false)));
+    weight = table;
+    is_tied = true;
+  }
+
+  bool is_serializable() const override {
+    return !is_tied;
+  }
+
+  bool is_tied = false;
+};
+TORCH_MODULE(T5EmbedTokens);
+
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ T5LayerNorm ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// x / sqrt(mean(x²) + eps) · weight, over the last dimension; the mean is taken
-/// in float32 at least.
+/// x / sqrt(mean(x²) + eps) · weight, over the last dimension; the mean is
+/// taken in float32 at least.
 struct T5LayerNormImpl : torch::nn::Cloneable<T5LayerNormImpl> {
   T5LayerNormImpl(int64_t size_, double eps_) : size(size_), eps(eps_) {
     reset();
@@ -121,8 +149,7 @@ struct T5LayerNormImpl : torch::nn::Cloneable<T5LayerNormImpl> {
   }
 
   Tensor forward(const Tensor& x) {
-    const auto wide =
-        x.to(at::promote_types(x.scalar_type(), torch::kFloat));
+    const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
     const auto variance = wide.square().mean(-1, /*keepdim=*/true);
     return weight * (wide * at::rsqrt(variance + eps)).to(x.scalar_type());
   }
@@ -223,12 +250,11 @@ inline Tensor t5_bucket(
   const auto above = at::log(far.clamp_min(exact).to(torch::kFloat) / exact) /
       std::log(static_cast<double>(max_distance) / exact) *
       (num_buckets - exact);
-  const auto wide =
-      (exact + above.to(torch::kLong)).clamp_max(num_buckets - 1);
+  const auto wide = (exact + above.to(torch::kLong)).clamp_max(num_buckets - 1);
   return first + at::where(far < exact, far, wide);
 }
 
-/// What one attention looks at.
+/// What one attention looks at, and where it keeps that.
 struct T5Source {
   Tensor states; // [batch, keys, d_model], what keys and values are made of
   /// Boolean or added to the scores, broadcastable to `[batch, heads, queries,
@@ -288,23 +314,20 @@ struct T5AttentionImpl : torch::nn::Cloneable<T5AttentionImpl> {
         .unsqueeze(0);
   }
 
-  Tensor forward(
-      const Tensor& hidden,
-      const T5Source& source,
-      int64_t layer) {
+  Tensor forward(const Tensor& hidden, const T5Source& source, size_t slot) {
     const auto split = [&](const Tensor& x) { // [batch, heads, length, d_kv]
       return x.unflatten(-1, {options.num_heads(), options.d_kv()})
           .transpose(1, 2);
     };
     Tensor keys, values;
     if (source.is_cached) {
-      keys = source.cache->keys.at(layer);
-      values = source.cache->values.at(layer);
+      keys = source.cache->keys.at(slot);
+      values = source.cache->values.at(slot);
     } else {
       keys = split(k->forward(source.states));
       values = split(v->forward(source.states));
       if (source.cache != nullptr) {
-        std::tie(keys, values) = source.cache->update(layer, keys, values);
+        std::tie(keys, values) = source.cache->update(slot, keys, values);
       }
     }
     std::optional<Tensor> mask;
@@ -363,13 +386,13 @@ struct T5LayerSelfAttentionImpl
         register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
   }
 
-  Tensor forward(const Tensor& hidden, T5Source source, int64_t layer) {
+  Tensor forward(const Tensor& hidden, T5Source source, size_t slot) {
     const auto normed = layer_norm->forward(hidden);
     source.states = source.states.is_same(hidden)
         ? normed
         : layer_norm->forward(source.states);
     return hidden +
-        dropout->forward(SelfAttention->forward(normed, source, layer));
+        dropout->forward(SelfAttention->forward(normed, source, slot));
   }
 
   T5Options options;
@@ -398,10 +421,10 @@ struct T5LayerCrossAttentionImpl
         register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
   }
 
-  Tensor forward(const Tensor& hidden, const T5Source& source, int64_t layer) {
+  Tensor forward(const Tensor& hidden, const T5Source& source, size_t slot) {
     return hidden +
         dropout->forward(EncDecAttention->forward(
-            layer_norm->forward(hidden), source, layer));
+            layer_norm->forward(hidden), source, slot));
   }
 
   T5Options options;
@@ -413,8 +436,8 @@ TORCH_MODULE(T5LayerCrossAttention);
 
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Block ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-/// Self-attention, in a decoder attention to the encoder's result, feed-forward:
-/// `layer.0`, `layer.1`, `layer.2`.
+/// Self-attention, in a decoder attention to the encoder's result,
+/// feed-forward: `layer.0`, `layer.1`, `layer.2`.
 struct T5BlockImpl : torch::nn::Cloneable<T5BlockImpl> {
   T5BlockImpl(
       T5Options options_,
@@ -436,16 +459,16 @@ struct T5BlockImpl : torch::nn::Cloneable<T5BlockImpl> {
     layer->push_back(T5LayerFF(options));
   }
 
-  /// `index` is the block's place in the caches; `encoder` is for a decoder.
+  /// `slot` is the block's place in the caches; `cross` is for a decoder.
   Tensor forward(
       Tensor hidden,
-      int64_t index,
+      size_t slot,
       const T5Source& self,
-      const T5Source& encoder = {}) {
-    hidden = self_attention().forward(hidden, self, index);
+      const T5Source& cross = {}) {
+    hidden = self_attention().forward(hidden, self, slot);
     if (is_decoder) {
       hidden = layer[1]->as<T5LayerCrossAttentionImpl>()->forward(
-          hidden, encoder, index);
+          hidden, cross, slot);
     }
     return layer[layer->size() - 1]->as<T5LayerFFImpl>()->forward(hidden);
   }
