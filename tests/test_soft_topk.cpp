@@ -49,8 +49,8 @@ TEST_CASE("soft top-k equals the equations in Python") {
       GENERATE("plain", "text", "speech", "wide", "padded");
   INFO(name);
   const auto file = peft::SafetensorsFile::open(reference(name));
-  const int64_t k = std::stoll(file.metadata().at("k"));
-  const double epsilon = std::stod(file.metadata().at("epsilon"));
+  const int64_t k = file.at("k").item<int64_t>();
+  const double epsilon = file.at("epsilon").item<double>();
   const Tensor mask = file.at("mask");
   const Tensor direction = file.at("direction");
 
