@@ -18,9 +18,9 @@ from transformers import (
 
 DATA = Path(__file__).resolve().parent / "data" / "models"
 TRANSFORMERS = "5.23.0"  # the version that wrote data/models
-NAMES = ("bert", "roberta", "gpt2", "llama", "t5_v1_0", "t5_v1_1")
-SEEDS = dict(bert=11, roberta=12, gpt2=4, llama=1, t5_v1_0=194, t5_v1_1=3)
-PAD = dict(bert=0, roberta=1, gpt2=0, llama=0, t5_v1_0=0, t5_v1_1=0)
+NAMES = ("bert", "roberta", "gpt2", "llama", "t5_v1_0", "t5_v1_1", "t5_deep")
+SEEDS = dict(bert=11, roberta=12, gpt2=4, llama=1, t5_v1_0=194, t5_v1_1=3, t5_deep=11)
+PAD = dict(bert=0, roberta=1, gpt2=0, llama=0, t5_v1_0=0, t5_v1_1=0, t5_deep=0)
 LENGTHS = (9, 6, 4)  # tokens in each row of a batch
 VOCABULARY = 48
 
@@ -90,6 +90,12 @@ def classes():
         "t5_v1_1": (
             T5ForConditionalGeneration,
             T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        ),
+        "t5_deep": (
+            T5ForConditionalGeneration,
+            T5Config(
+                **{**T5, "d_model": 8, "d_kv": 4, "num_heads": 2, "d_ff": 12, "num_layers": 3}
+            ),
         ),
     }
 
