@@ -127,19 +127,17 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
     const auto run = [&](torch::nn::Module& each, const LayerCall& call) {
       auto& layer = *each.as<T5BlockImpl>();
       if (call.side && layer.has_relative_attention_bias) {
-        bias = position_bias(layer, tokens, past); // for those above it, too
+        bias = position_bias(layer, tokens, past); // and for those above it
       }
-      const T5Source self{
-          call.context,
-          // A side network caches its own keys, whose end the mask's end is
-          // for.
-          call.side ? bias : call.attention(bias, past),
-          tokens.key_values()};
+      T5Source self;
+      // A side network's keys are the last that the mask is for.
+      self.mask = call.side ? bias : call.attention(bias, past);
+      self.cache = tokens.key_values();
       return layer.forward(
-          call.hidden,
-          cache_slot(call, num_layers()),
+          call,
           self,
-          call.side ? of_side(cross, encoded) : cross);
+          call.side ? of_side(cross, encoded) : cross,
+          cache_slot(call, num_layers()));
     };
     const auto output = layer_loop->forward(
         dropout->forward(tokens.embeds),
@@ -187,22 +185,16 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
   /// a side network, whichever layer it stands for, is made as layer 0: it has
   /// the table of distances.
   LayerLoopOptions layer_loop_options() const {
-    const auto narrower = [options = options](int64_t reduction) {
-      return T5Options(options)
-          .d_model(options.d_model() / reduction)
-          .d_kv(options.d_kv() / reduction)
-          .d_ff(options.d_ff() / reduction);
-    };
     return LayerLoopOptions(options.d_model(), num_layers())
         .causal(is_decoder)
-        .side_block([narrower, is_decoder = is_decoder](
+        .num_heads(options.num_heads())
+        .side_block([options = options, is_decoder = is_decoder](
                         int64_t layer, int64_t reduction) {
-          const auto side = narrower(reduction);
-          detail::check(side);
-          return std::make_shared<T5BlockImpl>(side, is_decoder, layer == 0);
+          return std::make_shared<T5BlockImpl>(
+              options.reduced(reduction), is_decoder, layer == 0);
         })
-        .side_norm([narrower](int64_t reduction) {
-          const auto side = narrower(reduction);
+        .side_norm([options = options](int64_t reduction) {
+          const auto side = options.reduced(reduction);
           return torch::nn::AnyModule(
               T5LayerNorm(side.d_model(), side.layer_norm_epsilon()));
         })

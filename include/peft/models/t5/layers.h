@@ -4,6 +4,8 @@
 // in ../t5.h.
 
 #include <peft/core/extra_tokens.h>
+#include <peft/core/layer_loop.h>
+#include <peft/models/attention.h>
 
 #include <torch/arg.h>
 #include <torch/nn/cloneable.h>
@@ -36,6 +38,26 @@ using torch::Tensor;
 ///         .feed_forward_proj("gated-gelu").tie_word_embeddings(false));
 /// ```
 struct T5Options {
+  /// The same network with its widths divided by `reduction`, but as many
+  /// heads.
+  T5Options reduced(int64_t reduction) const {
+    TORCH_CHECK_VALUE(
+        reduction > 0 && d_model() % reduction == 0 &&
+            d_kv() % reduction == 0 && d_ff() % reduction == 0,
+        "peft: a reduction must divide d_model (",
+        d_model(),
+        "), d_kv (",
+        d_kv(),
+        ") and d_ff (",
+        d_ff(),
+        "), got ",
+        reduction);
+    return T5Options(*this)
+        .d_model(d_model() / reduction)
+        .d_kv(d_kv() / reduction)
+        .d_ff(d_ff() / reduction);
+  }
+
   TORCH_ARG(int64_t, vocab_size) = 32128;
   TORCH_ARG(int64_t, d_model) = 512;
   /// Width of one head, whatever d_model and num_heads are.
@@ -386,13 +408,11 @@ struct T5LayerSelfAttentionImpl
         register_module("dropout", torch::nn::Dropout(options.dropout_rate()));
   }
 
-  Tensor forward(const Tensor& hidden, T5Source source, size_t slot) {
-    const auto normed = layer_norm->forward(hidden);
-    source.states = source.states.is_same(hidden)
-        ? normed
-        : layer_norm->forward(source.states);
-    return hidden +
-        dropout->forward(SelfAttention->forward(normed, source, slot));
+  Tensor forward(const LayerCall& call, T5Source source, size_t slot) {
+    const auto normed = normalised(call, layer_norm);
+    source.states = normed.context;
+    return call.hidden +
+        dropout->forward(SelfAttention->forward(normed.hidden, source, slot));
   }
 
   T5Options options;
@@ -459,13 +479,14 @@ struct T5BlockImpl : torch::nn::Cloneable<T5BlockImpl> {
     layer->push_back(T5LayerFF(options));
   }
 
-  /// `slot` is the block's place in the caches; `cross` is for a decoder.
+  /// `self` lacks `states`, which are the call's; `cross` is for a decoder.
+  /// `slot` is the block's place in their caches.
   Tensor forward(
-      Tensor hidden,
-      size_t slot,
+      const LayerCall& call,
       const T5Source& self,
-      const T5Source& cross = {}) {
-    hidden = self_attention().forward(hidden, self, slot);
+      const T5Source& cross,
+      size_t slot) {
+    auto hidden = self_attention().forward(call, self, slot);
     if (is_decoder) {
       hidden = layer[1]->as<T5LayerCrossAttentionImpl>()->forward(
           hidden, cross, slot);
