@@ -143,6 +143,8 @@ struct LayerLoopRun {
   const Tensor& attention_mask; // [batch, n], 1 for a token; or undefined
   const std::vector<std::shared_ptr<torch::nn::Module>>& layers;
   const RunLayer& run;
+  /// What the stack does after its last layer.
+  const std::function<Tensor(const Tensor&)>& norm;
 };
 
 /// A delta that acts in the loop over layers.
@@ -165,21 +167,29 @@ class LoopDelta : public CallDelta {
   virtual bool answers() const {
     return false;
   }
-  /// `states`: what goes into the first layer, then what comes out of each.
+  /// `states`: what goes into the first layer, then what comes out of each;
+  /// undefined where `reads` says no.
   virtual LayerLoopOutput answer(
       const std::vector<Tensor>& states,
-      const LayerLoopRun& /*loop*/,
+      const LayerLoopRun& loop,
       double /*scale*/) const {
-    return {states.back(), {}};
+    return {loop.norm(states.back()), {}};
+  }
+  /// Whether `answer` wants state `i`; others are not kept.
+  virtual bool reads(size_t /*i*/) const {
+    return true;
   }
   /// The states of this batch where they are at hand, so that the layers need
   /// not run; else nothing.
   virtual std::optional<std::vector<Tensor>> recall(
-      const Tensor& /*hidden*/) const {
+      const Tensor& /*hidden*/,
+      const LayerLoopRun& /*loop*/) const {
     return std::nullopt;
   }
   /// Told the states after the layers have run.
-  virtual void remember(const std::vector<Tensor>& /*states*/) const {}
+  virtual void remember(
+      const std::vector<Tensor>& /*states*/,
+      const LayerLoopRun& /*loop*/) const {}
 };
 
 /// Options for LayerLoop: what a method must know of the layers.
@@ -191,9 +201,12 @@ struct LayerLoopOptions {
   TORCH_ARG(int64_t, num_layers);
   /// Whether a token sees only those before it.
   TORCH_ARG(bool, causal) = false;
-  /// Makes a block for layer `layer` whose widths are the network's divided by
-  /// `reduction`, with the same number of heads: what a side network is built
-  /// of. Absent: this network has none.
+  /// Heads of the queries, so that a side network made of the layers' weights
+  /// keeps them apart; 0: not said.
+  TORCH_ARG(int64_t, num_heads) = 0;
+  /// Makes block `i` of a side network (0 is its first, whichever layer it
+  /// stands beside): one of the network's kind, with the same number of heads
+  /// and all widths divided by `reduction`. Absent: this network has none.
   using MakeBlock =
       std::function<std::shared_ptr<torch::nn::Module>(int64_t, int64_t)>;
   TORCH_ARG(MakeBlock, side_block);
@@ -232,7 +245,10 @@ class LayerLoopImpl : public torch::nn::Cloneable<LayerLoopImpl>,
     std::vector<std::shared_ptr<torch::nn::Module>> blocks(
         layers.begin(), layers.end());
     const auto deltas = active<LoopDelta>();
-    const LayerLoopRun loop{attention_mask, blocks, run};
+    const std::function<Tensor(const Tensor&)> finish = [&](const Tensor& x) {
+      return norm.is_empty() ? x : norm.forward(x);
+    };
+    const LayerLoopRun loop{attention_mask, blocks, run, finish};
 
     const LoopDelta* side = nullptr;
     double side_scale = 1;
@@ -250,20 +266,23 @@ class LayerLoopImpl : public torch::nn::Cloneable<LayerLoopImpl>,
       for (size_t i = 0; i < blocks.size(); ++i) {
         hidden = run_layer(deltas, loop, i, hidden);
       }
-      return {norm.is_empty() ? hidden : norm.forward(hidden), {}};
+      return {finish(hidden), {}};
     }
 
-    auto states = side->recall(hidden);
+    auto states = side->recall(hidden, loop);
     if (!states) {
       at::AutoGradMode no_graph(false);
-      states.emplace({hidden});
-      for (size_t i = 0; i < blocks.size(); ++i) {
-        states->push_back(run_layer(deltas, loop, i, states->back()));
+      hidden = hidden.detach();
+      states.emplace(blocks.size() + 1);
+      for (size_t i = 0; i <= blocks.size(); ++i) {
+        if (side->reads(i)) {
+          (*states)[i] = hidden;
+        }
+        if (i < blocks.size()) {
+          hidden = run_layer(deltas, loop, i, hidden);
+        }
       }
-      side->remember(*states);
-    }
-    for (auto& state : *states) {
-      state = state.detach();
+      side->remember(*states, loop);
     }
     return side->answer(*states, loop, side_scale);
   }

@@ -319,6 +319,7 @@ struct BertEncoderImpl : torch::nn::Cloneable<BertEncoderImpl> {
         "layer_loop",
         LayerLoop(
             LayerLoopOptions(options.hidden_size(), options.num_hidden_layers())
+                .num_heads(options.num_attention_heads())
                 .side_block(
                     [options = options](int64_t /*layer*/, int64_t reduction) {
                       return std::make_shared<BertLayerImpl>(

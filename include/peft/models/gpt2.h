@@ -319,6 +319,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
   LayerLoopOptions layer_loop_options() const {
     return LayerLoopOptions(options.n_embd(), options.n_layer())
         .causal(true)
+        .num_heads(options.n_head())
         .side_block([options = options](int64_t /*layer*/, int64_t reduction) {
           return std::make_shared<Gpt2BlockImpl>(options.reduced(reduction));
         })

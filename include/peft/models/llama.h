@@ -408,6 +408,7 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
   LayerLoopOptions layer_loop_options() const {
     return LayerLoopOptions(options.hidden_size(), options.num_hidden_layers())
         .causal(true)
+        .num_heads(options.num_attention_heads())
         .side_block([options = options](int64_t /*layer*/, int64_t reduction) {
           return std::make_shared<LlamaDecoderLayerImpl>(
               options.reduced(reduction));
