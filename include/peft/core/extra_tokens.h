@@ -157,6 +157,18 @@ class TokensDelta : public CallDelta {
   virtual KeyValues key_values(double /*scale*/) const {
     return {};
   }
+
+  /// Keeps what a network makes of its parameters and drops the network; false
+  /// where there is none. See peft::eject_reparameterization.
+  virtual bool eject() {
+    return false;
+  }
+
+  std::string merge_obstacle() const override {
+    return "its tokens stand in front of the input, and no weight can hold "
+           "them. To compute them once, run the network with a peft::KeyValues "
+           "cache";
+  }
 };
 
 /// Options for ExtraTokens: what a method must know of the stack behind it.
@@ -265,8 +277,9 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
     if (tokens.position_ids.defined()) {
       Tensor shifted = tokens.position_ids + count;
       if (embedded > 0) {
+        const auto begin = tokens.past();
         shifted = at::cat(
-            {at::arange(embedded, shifted.options())
+            {at::arange(begin, begin + embedded, shifted.options())
                  .unsqueeze(0)
                  .expand({shifted.size(0), -1}),
              shifted},
@@ -290,6 +303,9 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
           .expand({batch, -1, -1, -1});
     };
     for (size_t i = 0; i < added.keys.size(); ++i) {
+      if (!added.keys[i].defined()) {
+        continue;
+      }
       const bool more = target.keys[i].defined();
       const Tensor key = spread(added.keys[i]);
       const Tensor value = spread(added.values[i]);

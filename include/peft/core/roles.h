@@ -29,8 +29,22 @@ inline std::string role_of(const Layer& layer) {
   const auto dot = layer.name.rfind('.');
   const std::string last =
       dot == std::string::npos ? layer.name : layer.name.substr(dot + 1);
-  if (layer.kind == LayerKind::normalization || last == "LayerNorm" ||
-      is_one_of(last, {"layer_norm", "layernorm", "norm1", "norm2", "norm3"})) {
+  if (layer.kind == LayerKind::normalization ||
+      is_one_of(
+          last,
+          {"LayerNorm",
+           "layer_norm",
+           "layernorm",
+           "norm",
+           "norm1",
+           "norm2",
+           "norm3",
+           "ln_1",
+           "ln_2",
+           "ln_f",
+           "input_layernorm",
+           "post_attention_layernorm",
+           "final_layer_norm"})) {
     return "layer_norm";
   }
   if (is_one_of(
@@ -72,6 +86,24 @@ inline std::string role_of(const Layer& layer) {
           last,
           {"linear2", "fc2", "down_proj", "wo", "lin2", "dense_4h_to_h"})) {
     return "output";
+  }
+  return {};
+}
+
+/// The layer of a stack that a module is in, "encoder.layer.3" for
+/// "encoder.layer.3.output.dense"; empty where its name has no number.
+inline std::string layer_prefix(const std::string& name) {
+  size_t begin = 0;
+  while (begin < name.size()) {
+    const size_t end = std::min(name.find('.', begin), name.size());
+    const bool numeric = end > begin &&
+        std::all_of(name.begin() + static_cast<int64_t>(begin),
+                    name.begin() + static_cast<int64_t>(end),
+                    [](char c) { return c >= '0' && c <= '9'; });
+    if (numeric) {
+      return name.substr(0, end);
+    }
+    begin = end + 1;
   }
   return {};
 }

@@ -1,0 +1,176 @@
+#pragma once
+
+// What a tagged tensor is worth: the base with the active deltas applied, as a
+// plain tensor.
+
+#include <peft/core/adapted_weight/tag.h>
+#include <peft/core/merged_barrier.h>
+
+#include <torch/csrc/jit/python/update_graph_executor_opt.h>
+#include <torch/csrc/jit/runtime/interpreter.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+
+namespace peft {
+
+namespace detail {
+
+/// Puts the barrier behind a result made from a weight with a merged adapter.
+inline Tensor guard_merged(Tensor fresh, const Site& site) {
+  if (site.merge_order.empty() || !at::GradMode::is_enabled()) {
+    return fresh;
+  }
+  const AdapterState* adapter = site.merged_trainable();
+  if (adapter == nullptr) {
+    return fresh;
+  }
+  Tensor anchor;
+  for (const auto& entry : site.entries) {
+    for (const auto& p : entry.delta->parameters()) {
+      if (entry.adapter.get() == adapter && p.requires_grad()) {
+        anchor = p;
+      }
+    }
+  }
+  return MergedBarrier::apply(fresh, anchor, adapter->name);
+}
+
+/// TorchScript's profiling executor replays a recorded graph in which the
+/// adapter's parameters do not occur, so from the second run on they would get
+/// no gradient. Refused on every run.
+inline void refuse_optimised_torchscript(const Tensor& y) {
+  TORCH_CHECK(
+      !(y.requires_grad() && at::GradMode::is_enabled() &&
+        torch::jit::getGraphExecutorOptimize() &&
+        !torch::jit::currentCallstack().empty()),
+      "peft: TorchScript's optimising executor drops the gradients of an "
+      "adapter. Train inside `torch::jit::GraphOptimizerEnabledGuard "
+      "guard(false);`, or run inference under torch::NoGradGuard");
+}
+
+/// The executor's plan for a module that trained before detaches the weights it
+/// is handed, even under GraphOptimizerEnabledGuard(false).
+inline void refuse_detached_in_torchscript(const Tensor& value) {
+  TORCH_CHECK(
+      !(value.requires_grad() && at::GradMode::is_enabled() &&
+        !torch::jit::currentCallstack().empty()),
+      "peft: TorchScript detached an adapted weight, and its adapter would get "
+      "no gradients: the executor keeps a plan from earlier training of this "
+      "module. Call peft::forget_plans(model) first, or run inference under "
+      "torch::NoGradGuard");
+}
+
+/// The weight that `site` makes of the plain tensor `weight`, which has the
+/// orientation it had at attach.
+inline Tensor apply_deltas(const Site& site, const Tensor& weight) {
+  TORCH_CHECK(
+      weight.sizes() == at::IntArrayRef(site.sizes),
+      "peft: an adapted weight changed its shape from ",
+      at::IntArrayRef(site.sizes),
+      " to ",
+      weight.sizes(),
+      " under its adapter; detach the adapter before changing the shape");
+  const ActiveEntries active = site.active(weight);
+  if (active.empty()) {
+    return site.merge_order.empty() || !at::GradMode::is_enabled()
+        ? weight
+        : guard_merged(weight.clone(), site);
+  }
+  auto dtype = weight.scalar_type();
+  for (const auto& entry : active) {
+    if (auto d = entry.delta->dtype()) {
+      dtype = c10::promoteTypes(dtype, *d);
+    }
+  }
+  Tensor value = weight.to(dtype);
+  for (const auto& entry : active) {
+    value = entry.delta->effective(value, entry.scale);
+  }
+  refuse_optimised_torchscript(value);
+  return value.to(weight.scalar_type());
+}
+
+/// The value of a tagged tensor, as a plain one. Call it with the key excluded.
+inline Tensor value_of(const Tensor& t, const AdaptedMeta& meta) {
+  const std::shared_ptr<Site> site = meta.site;
+  Tensor value;
+  if (meta.view) {
+    value = meta.view(apply_deltas(*site, meta.root));
+  } else if (meta.transposed) {
+    value = apply_deltas(*site, base_of(t).t()).t();
+  } else {
+    value = apply_deltas(*site, base_of(t));
+  }
+  if (!meta.cut) {
+    return value;
+  }
+  refuse_detached_in_torchscript(value);
+  return value.detach();
+}
+
+inline Tensor plain(const Tensor& t) {
+  auto* meta = tag_of(t);
+  return meta == nullptr ? t : value_of(t, *meta);
+}
+
+inline std::optional<Tensor> plain(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(plain(*t)) : std::nullopt;
+}
+
+/// A write to a base that holds a merged adapter would be undone by unmerge.
+inline void refuse_write_while_merged(const Tensor& t) {
+  const auto* meta = tag_of(t);
+  TORCH_CHECK(
+      meta == nullptr || meta->site->merge_order.empty(),
+      "peft: this weight holds a merged adapter, and unmerge() would undo the "
+      "write; call unmerge() first, or peft::merge(model) to keep the merge");
+}
+
+/// The tensor whose storage decides whether a merge has reached `t`.
+inline const Tensor& root_of(const Tensor& t, const AdaptedMeta& meta) {
+  return meta.view ? meta.root : t;
+}
+
+/// Applies the output transforms that sit on `t`, the bias of a layer or the
+/// weight of one without, to the layer's result.
+inline Tensor apply_outputs(const Tensor& t, Tensor y) {
+  const auto* meta = tag_of(t);
+  if (meta == nullptr || !meta->site->has_output()) {
+    return y;
+  }
+  const std::shared_ptr<Site> site = meta->site;
+  const ActiveEntries active = site->active_outputs(root_of(t, *meta));
+  if (active.empty()) {
+    return y;
+  }
+  TORCH_CHECK(
+      t.numel() == c10::multiply_integers(site->sizes),
+      "peft: an adapter acts on the output of a layer of which only a part, ",
+      t.sizes(),
+      " of ",
+      at::IntArrayRef(site->sizes),
+      ", is used here; attach it to a layer that is used whole");
+  // The user's callable may hold adapted layers: the key is active again.
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  c10::impl::ForceDispatchKeyGuard guard(
+      tls.included_, tls.excluded_.remove(kAdaptedKey));
+  for (const auto& entry : active) {
+    y = entry.delta->output(y, entry.scale);
+  }
+  return y;
+}
+
+/// The same for a layer with this weight and, maybe, bias.
+inline Tensor apply_outputs(
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    Tensor y) {
+  y = apply_outputs(weight, std::move(y));
+  return bias ? apply_outputs(*bias, std::move(y)) : y;
+}
+
+} // namespace detail
+
+} // namespace peft
