@@ -274,7 +274,8 @@ inline bool gives_output(const std::string& name, const Tensor& t) {
       "aten::conv_transpose2d",
       "aten::conv_transpose3d",
       "aten::layer_norm"};
-  return names.count(name) != 0 || (name == "aten::add" && t.dim() == 1);
+  const bool is_bias = tag_of(t)->site->sizes.size() == 1;
+  return names.count(name) != 0 || (name == "aten::add" && is_bias);
 }
 inline bool only_reads(const std::string& name) {
   static const std::unordered_set<std::string> names{
