@@ -197,7 +197,9 @@ def coda(inputs, base, own, case):
             name = f"layers.{i}"
             normed = norm(row, base, name + ".norm1")
             scores = (normed @ own[f"{i}.router.weight"].T)[:length, 0]
-            if solver == "exact":
+            if k == length:
+                lam = torch.ones(length) + 0 * scores
+            elif solver == "exact":
                 lam = ExactTopK.apply(scores, k, epsilon)
             else:
                 valid = torch.ones(1, length, dtype=torch.bool)
