@@ -436,6 +436,29 @@ TEST_CASE("LoRA finds T5's projections by Hugging Face's names", "[t5]") {
   CHECK_FALSE(agrees(model->forward(source, {}, written), adapted));
 }
 
+TEST_CASE("LoRA on T5's embedding acts wherever that is used", "[t5]") {
+  auto model = load(false);
+  seed();
+  const auto source = ids(2, 5);
+  const auto written = ids(2, 4);
+  const auto before = model->forward(source, {}, written);
+  auto adapter = peft::attach(
+      *model,
+      peft::LoraOptions(2).init("random").targets(
+          {"shared", "embed_tokens", "lm_head"}));
+  REQUIRE(adapter.sites().size() == 1);
+  CHECK(adapter.sites()[0].parameters.size() == 4);
+  const auto adapted = model->forward(source, {}, written);
+  CHECK_FALSE(agrees(adapted, before));
+  auto copy = peft::clone(model);
+  CHECK(agrees(copy->forward(source, {}, written), adapted));
+  adapter.merge();
+  CHECK(agrees(model->forward(source, {}, written), adapted));
+  adapter.unmerge();
+  adapter.detach();
+  CHECK(equal_bits(model->forward(source, {}, written), before));
+}
+
 TEST_CASE("T5 runs in bfloat16", "[t5]") {
   auto model = load(true);
   torch::NoGradGuard no_grad;
