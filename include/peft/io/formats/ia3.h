@@ -9,6 +9,7 @@
 #include <any>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace peft {
@@ -38,7 +39,28 @@ class Ia3Format final : public AdapterFormat {
     o.init_ia3_weights(config.get<bool>("init_ia3_weights", true));
     o.modules_to_save(
         config.get<std::vector<std::string>>("modules_to_save", {}));
-    return detail::plan(o, network);
+    Ia3Options here = o;
+    here.modules_to_save(modules_of(network, o.modules_to_save()));
+    Plan result = detail::plan(here, network);
+    result.options = std::move(o);
+    return result;
+  }
+
+  /// Those of `names` that the network has. HF lists what a classification head
+  /// may be called ("classifier", "score"), whatever the network calls it; keys
+  /// of a module that is not there are still unexpected.
+  static std::vector<std::string> modules_of(
+      const Network& network,
+      std::vector<std::string> names) {
+    const auto is_absent = [&](const std::string& name) {
+      return std::none_of(
+          network.begin(), network.end(), [&](const Layer& layer) {
+            return is_inside(layer.name, {name});
+          });
+    };
+    names.erase(
+        std::remove_if(names.begin(), names.end(), is_absent), names.end());
+    return names;
   }
 
   AdapterConfig new_config() const override {
