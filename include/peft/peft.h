@@ -22,10 +22,19 @@
 
 #include <peft/functional/lora.h>
 #include <peft/functional/layers.h>
+#include <peft/functional/soft_topk.h>
 
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
 #include <peft/methods/ia3.h>
+#include <peft/methods/houlsby.h>
+#include <peft/methods/pfeiffer.h>
+#include <peft/methods/parallel_adapter.h>
+#include <peft/methods/adapter_drop.h>
+#include <peft/methods/prompt.h>
+#include <peft/methods/p_tuning.h>
+#include <peft/methods/prefix.h>
+#include <peft/methods/coda.h>
 
 #include <peft/train/check_optimizer.h>
 
