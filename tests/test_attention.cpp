@@ -393,7 +393,9 @@ TEMPLATE_TEST_CASE(
   model->forward(ids);
   model->forward(ids, mask);
   model->forward(ids, {}, {}, &prefix);
-  REQUIRE(picker->found.size() == 6);
+  picker->picked = torch::zeros({2, 1}, torch::kLong);
+  model->forward(ids.slice(1, 0, 1), {}, {}, &prefix);
+  REQUIRE(picker->found.size() == 8);
   for (const auto& comparison : picker->found) {
     REQUIRE(comparison);
   }

@@ -1,6 +1,7 @@
 // GPT-2 against what transformers computes (golden/make_models.py).
 
 #include "decoders.h"
+#include "meta_device.h"
 
 #include <peft/models/gpt2.h>
 #include <peft/models/lm_head.h>
@@ -216,6 +217,12 @@ TEST_CASE("Every parameter of GPT-2 takes part in training", "[gpt2]") {
   REQUIRE(
       model->transformer->h[0]->as<Gpt2Block>()->mlp->c_fc->weight.sizes() ==
       torch::IntArrayRef({16, 20}));
+}
+
+TEST_CASE("GPT-2's sizes give the published parameter count", "[gpt2]") {
+  const MetaDevice shapes_only;
+  Gpt2ForCausalLM model(Gpt2Options{});
+  REQUIRE(peft::count_parameters(*model).total == 124'439'808);
 }
 
 TEST_CASE("GPT-2 starts as published", "[gpt2]") {

@@ -1,6 +1,7 @@
 // LLaMA against what transformers computes (golden/make_models.py).
 
 #include "decoders.h"
+#include "meta_device.h"
 
 #include <peft/models/llama.h>
 
@@ -151,6 +152,15 @@ TEST_CASE("LLaMA has Hugging Face's names and shapes", "[llama]") {
   for (const auto& name : plain) {
     REQUIRE_FALSE(contains(name, "bias"));
   }
+}
+
+TEST_CASE("LLaMA's sizes give the published parameter count", "[llama]") {
+  const MetaDevice shapes_only;
+  LlamaForCausalLM model(LlamaOptions{}); // LLaMA-7B
+  REQUIRE(peft::count_parameters(*model).total == 6'738'415'616);
+  REQUIRE(
+      peft::attach(*model, peft::LoraOptions(8).targets({"q_proj", "v_proj"}))
+          .num_parameters() == 4'194'304);
 }
 
 TEST_CASE("Every parameter of LLaMA takes part in training", "[llama]") {

@@ -56,16 +56,18 @@ inline Tensor causal_mask(const TokenInputs& tokens) {
       tokens.embeds.device());
 }
 
-/// `mask` of a stack of `length` tokens, cut to those that one layer sees.
-inline Tensor causal_mask(const LayerCall& call, Tensor mask, int64_t length) {
+/// `mask` of a stack of `length` tokens with `past` in front of them, cut to
+/// those that one layer sees.
+inline Tensor
+causal_mask(const LayerCall& call, Tensor mask, int64_t length, int64_t past) {
   if (call.is_whole() && !call.valid.defined()) {
     return mask;
   }
   // Tokens that were picked out do not stand in a triangle any more.
   if (!mask.defined()) {
-    mask = causal_mask(Tensor(), length, length, call.hidden.device());
+    mask = causal_mask(Tensor(), length, past + length, call.hidden.device());
   }
-  return call.attention(mask, mask.size(3) - length);
+  return call.attention(mask, past);
 }
 
 /// Attention of the last tokens over all: `query` `[batch, heads, queries,

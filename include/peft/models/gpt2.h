@@ -270,6 +270,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
         {wte->forward(input_ids), attention_mask, position_ids, cache});
     check_length(tokens);
     const auto mask = causal_mask(tokens);
+    const auto past = tokens.past(); // before the cache grows
     const auto hidden =
         drop->forward(tokens.embeds + wpe->forward(tokens.positions()));
     return layer_loop
@@ -280,7 +281,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
             [&](torch::nn::Module& block, const LayerCall& call) {
               return block.as<Gpt2BlockImpl>()->forward(
                   call,
-                  causal_mask(call, mask, hidden.size(1)),
+                  causal_mask(call, mask, hidden.size(1), past),
                   tokens.key_values());
             },
             torch::nn::AnyModule(ln_f))

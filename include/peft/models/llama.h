@@ -352,7 +352,8 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
          position_ids,
          cache});
     const auto mask = causal_mask(tokens);
-    const auto positions = tokens.positions(); // before the cache grows
+    const auto past = tokens.past(); // before the cache grows
+    const auto positions = tokens.positions();
     const auto rotations = [&](const LlamaOptions& sizes) {
       return LlamaRotation(
           positions,
@@ -372,7 +373,7 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
               return layer.forward(
                   call,
                   call.side ? rotations(layer.options) : rotation,
-                  causal_mask(call, mask, tokens.embeds.size(1)),
+                  causal_mask(call, mask, tokens.embeds.size(1), past),
                   tokens.key_values());
             },
             torch::nn::AnyModule(norm))
