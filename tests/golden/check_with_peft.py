@@ -2,22 +2,26 @@
 
     python check_with_peft.py FOLDER ...
 
-A FOLDER is one case, or holds cases. A case has case.json (network, dtype, trainable),
-base.safetensors, adapter/ (what peft::save wrote) and numbers.safetensors (input.0, ...,
-output). Exit status: 0 all equal, 1 a difference, 77 PEFT is not installed.
+written_adapters.py says what a FOLDER holds.
 """
 
 import json
 import os
 import sys
 import warnings
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 try:
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        PeftConfig,
+        PeftModel,
+        PromptLearningConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+    )
     from peft.tuners.lora.layer import MultiheadAttention
     from safetensors.torch import load_file
     from torch import nn
@@ -25,11 +29,7 @@ except ImportError as error:
     print(f"skipped: peft is not installed ({error})")
     sys.exit(77)
 
-import networks
-
-torch.set_num_threads(1)
-
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
+import written_adapters
 
 
 def out_proj_added_twice():
@@ -56,12 +56,6 @@ def halve_out_proj(model):
     return len(layers)
 
 
-def difference(left, right):
-    """The largest difference, relative to the largest value."""
-    left, right = left.double(), right.double()
-    return ((left - right).abs().max() / right.abs().max()).item()
-
-
 def keys_not_matched(model, folder):
     """Adapter keys that the file lacks, and keys of the file that PEFT does not use."""
     with warnings.catch_warnings():
@@ -78,16 +72,14 @@ def keys_not_matched(model, folder):
 def check(folder):
     """One line of what was found, and whether all is well."""
     facts = json.loads((folder / "case.json").read_text())
-    dtype = getattr(torch, facts["dtype"])
-    network = networks.build(facts["network"]).to(dtype)
-    base = load_file(folder / "base.safetensors")
-    problems = network.load_state_dict(base, strict=False)
-    assert not problems.unexpected_keys, problems
-    assert not set(problems.missing_keys) & {k for k, _ in network.named_parameters()}, problems
+    network = written_adapters.base_network(folder, facts)
+    # PEFT does not load prompts and prefixes for training.
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    trains = not isinstance(config, PromptLearningConfig)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(network, folder / "adapter", is_trainable=True).eval()
+        model = PeftModel.from_pretrained(network, folder / "adapter", is_trainable=trains).eval()
     said = [str(w.message).splitlines()[0] for w in caught]
     said = [text for text in said if "groups > 1" not in text and "deprecated" not in text]
     missing, unexpected = keys_not_matched(model, folder)
@@ -96,42 +88,16 @@ def check(folder):
     if out_proj_added_twice() and halve_out_proj(model):
         remark = ", out_proj's delta halved because this PEFT adds it twice"
 
-    numbers = load_file(folder / "numbers.safetensors")
-    inputs = [numbers[key] for key in sorted(numbers) if key.startswith("input.")]
-    distance = difference(networks.run(model, inputs), numbers["output"])
-    complaints = [f"missing {sorted(missing)}"] if missing else []
+    distance, complaints = written_adapters.compare_outputs(folder, facts, model)
+    complaints += [f"missing {sorted(missing)}"] if missing else []
     complaints += [f"unexpected {sorted(unexpected)}"] if unexpected else []
     complaints += [f"warning: {text}" for text in said]
-    if trainable != facts["trainable"]:
+    if trains and trainable != facts["trainable"]:
         complaints.append(f"{trainable} trainable here, {facts['trainable']} there")
-    if not distance <= TOLERANCE[dtype]:
-        complaints.append("another output")
-    text = f"{trainable} trainable, output differs by {distance:.1e}{remark}"
+    trained = f"{trainable} trainable" if trains else config.peft_type.value.lower()
+    text = f"{trained}, output differs by {distance:.1e}{remark}"
     return "; ".join([text, *complaints]), not complaints
 
 
-def main(arguments):
-    cases = []
-    for argument in map(Path, arguments):
-        cases += (
-            [argument]
-            if (argument / "case.json").exists()
-            else sorted(path.parent for path in argument.glob("*/case.json"))
-        )
-    if not cases:
-        print("there is no case in", *arguments)
-        return 1
-    failed = 0
-    for folder in cases:
-        try:
-            text, well = check(folder)
-        except Exception as error:
-            text, well = f"{type(error).__name__}: {error}", False
-        failed += not well
-        print(f"{'ok    ' if well else 'FAILED'} {folder.name:26s} {text}")
-    print(f"{len(cases) - failed} of {len(cases)} adapters give the same output in HF PEFT")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(written_adapters.main(sys.argv[1:], check, "HF PEFT"))

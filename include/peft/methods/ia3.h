@@ -160,6 +160,10 @@ class Ia3Delta final : public Delta {
   bool is_feedforward() const {
     return feedforward_;
   }
+  /// Whether the weight is [in, out].
+  bool is_transposed() const {
+    return feedforward_ != (axis_ == 1);
+  }
 
   Tensor ia3_l;
 
@@ -251,9 +255,10 @@ class Ia3Planner {
               : options_.targets().matches(layer.name, layer)) {
         plan_layer(layer);
       } else {
-        TORCH_CHECK(
-            !options_.feedforward().matches(layer.name, layer) ||
-                options_.targets().empty(),
+        TORCH_CHECK( // a pattern is free to match more, as HF's may
+            options_.targets().empty() ||
+                options_.feedforward().kind() != Targets::Kind::list ||
+                !options_.feedforward().matches(layer.name, layer),
             "peft: '",
             layer.name,
             "' is among the feedforward modules and not among the targets of "
