@@ -6,6 +6,7 @@
 #include "test.h"
 
 #include <peft/core/clone.h>
+#include <peft/io/pretrained.h>
 #include <peft/io/safetensors.h>
 #include <peft/methods/ladder.h>
 #include <peft/methods/lora.h>
@@ -19,7 +20,8 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <algorithm>
-#include <limits>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <set>
@@ -646,6 +648,54 @@ TEST_CASE("a ladder comes and goes without a trace", "[ladder]") {
   adapter.detach();
   REQUIRE(same_state(before, state_of(*model)));
   REQUIRE(equal_bits(run(model), base));
+}
+
+TEST_CASE("a ladder comes back from its files", "[ladder]") {
+  TemporaryDirectory folder;
+  seed(19);
+  const bool is_t5 = GENERATE(true, false);
+  const std::string gate = GENERATE("learnable", "fixed");
+  T5ForConditionalGeneration t5(tiny_t5());
+  BertForSequenceClassification bert(tiny_bert().pooling(Pooling::mean));
+  auto& model = is_t5 ? static_cast<torch::nn::Module&>(*t5) : *bert;
+  const auto ids = ids_of({2, 4}, 11), answer = ids_of({2, 3}, 11);
+  const auto run = [&] {
+    return is_t5 ? t5->forward(ids, Tensor(), answer) : bert->forward(ids);
+  };
+  auto options = LadderOptions(2)
+                     .layers({1})
+                     .gate(gate)
+                     .gate_alpha(0.05)
+                     .gate_temperature(0.2)
+                     .merge_last(true);
+  if (is_t5) {
+    options.decoder_layers({0, 1});
+  } else {
+    options.modules_to_save({"classifier"});
+  }
+  auto adapter = peft::attach(model, options);
+  randomise(adapter);
+  const auto before = run();
+  peft::save(adapter, folder / "out");
+  const auto file =
+      peft::load_safetensors(folder / "out/adapter_model.safetensors");
+  const std::string site = is_t5 ? "decoder." : "bert.encoder.";
+  REQUIRE(file.count("base_model.model." + site + "layer_loop.up.weight") == 1);
+  REQUIRE(file.size() == adapter.named_parameters().size());
+  adapter.detach();
+
+  auto again = peft::load(model, folder / "out");
+  REQUIRE(equal_bits(run(), before));
+  REQUIRE(again.method() == "LADDER");
+  peft::save(again, folder / "again");
+  for (const char* name :
+       {"adapter_config.json", "adapter_model.safetensors"}) {
+    const auto text = [&](const std::string& which) {
+      std::ifstream stream(folder / (which + "/" + name), std::ios::binary);
+      return std::string(std::istreambuf_iterator<char>(stream), {});
+    };
+    REQUIRE(text("out") == text("again"));
+  }
 }
 
 TEST_CASE("two ladders take turns", "[ladder]") {

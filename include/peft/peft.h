@@ -35,6 +35,7 @@
 #include <peft/methods/p_tuning.h>
 #include <peft/methods/prefix.h>
 #include <peft/methods/coda.h>
+#include <peft/methods/ladder.h>
 
 #include <peft/train/check_optimizer.h>
 
