@@ -108,11 +108,22 @@ class Adapter {
   torch::OrderedDict<std::string, Tensor> named_parameters() const {
     torch::OrderedDict<std::string, Tensor> result;
     for (const auto& site : state().sites) {
-      for (const auto& item : site.delta->file_tensors()) {
-        result.insert(
-            site.file_prefix.empty() ? item.first
-                                     : site.file_prefix + "." + item.first,
-            item.second);
+      const auto own = site.delta->parameters();
+      const auto is_own = [&](const Tensor& t) {
+        return std::any_of(own.begin(), own.end(), [&](const Tensor& p) {
+          return p.is_same(t);
+        });
+      };
+      for (const auto& items :
+           {site.delta->file_tensors(), site.delta->training_tensors()}) {
+        for (const auto& item : items) {
+          if (is_own(item.second)) { // not what is made of them
+            result.insert(
+                site.file_prefix.empty() ? item.first
+                                         : site.file_prefix + "." + item.first,
+                item.second);
+          }
+        }
       }
     }
     return result;

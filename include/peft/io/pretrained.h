@@ -10,10 +10,15 @@
 
 #include <peft/core/attach.h>
 #include <peft/io/adapter_config.h>
+#include <peft/io/formats/adapter_hub.h>
 #include <peft/io/formats/bitfit.h>
+#include <peft/io/formats/bottleneck.h>
+#include <peft/io/formats/coda.h>
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/ia3.h>
+#include <peft/io/formats/ladder.h>
 #include <peft/io/formats/lora.h>
+#include <peft/io/formats/prompt.h>
 #include <peft/io/safetensors.h>
 
 #include <torch/serialize.h>
@@ -86,7 +91,8 @@ inline NamedTensorMap read_pickle(const std::string& path) {
 inline NamedTensorMap read_adapter_weights(
     const std::string& folder,
     const std::vector<std::string>& files,
-    bool& adapts_ties) {
+    bool& adapts_ties,
+    bool required = true) {
   namespace fs = std::filesystem;
   std::string names;
   for (const auto& name : files) {
@@ -103,7 +109,11 @@ inline NamedTensorMap read_adapter_weights(
     return load_safetensors(path.string());
   }
   TORCH_CHECK(
-      false, "peft: '", folder, "' holds no weights; looked for ", names);
+      !required,
+      "peft: '",
+      folder,
+      "' holds no weights; looked for ",
+      names);
   return {};
 }
 
@@ -213,6 +223,17 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<LoraFormat>(),
       std::make_shared<BitFitFormat>(),
       std::make_shared<Ia3Format>(),
+      std::make_shared<AdapterHubFormat>("HOULSBY"),
+      std::make_shared<AdapterHubFormat>("PFEIFFER"),
+      std::make_shared<AdapterHubFormat>("PARALLEL_ADAPTER"),
+      std::make_shared<HoulsbyFormat>(),
+      std::make_shared<PfeifferFormat>(),
+      std::make_shared<ParallelAdapterFormat>(),
+      std::make_shared<PromptFormat>(),
+      std::make_shared<PTuningFormat>(),
+      std::make_shared<PrefixFormat>(),
+      std::make_shared<CodaFormat>(),
+      std::make_shared<LadderFormat>(),
   };
   return all;
 }
@@ -225,7 +246,9 @@ const AdapterFormat& find_format(const std::string& what, Fits&& fits) {
     if (fits(*format)) {
       return *format;
     }
-    known += (known.empty() ? "" : ", ") + format->type();
+    if (known.find(format->type()) == std::string::npos) {
+      known += (known.empty() ? "" : ", ") + format->type();
+    }
   }
   TORCH_CHECK(
       false,
@@ -251,8 +274,22 @@ inline NamedTensorList training_state(const AdapterState& adapter) {
   return result;
 }
 
+/// Whether what a delta makes of its state is what the weights file holds.
+inline bool makes_the_same(const Tensor& made, const Tensor& stored) {
+  const Tensor x = made.detach().to(at::kCPU, at::kDouble);
+  const Tensor y = stored.to(at::kCPU, at::kDouble);
+  return x.sizes() == y.sizes() &&
+      (x.numel() == 0 ||
+       (x - y).abs().max().item<double>() <=
+           1e-3 * y.abs().max().item<double>());
+}
+
 /// Takes that up again where the folder has it; all of it, or nothing.
-inline void fill_training_state(Plan& plan, const std::string& folder) {
+/// `weights` are those of the weights file.
+inline void fill_training_state(
+    Plan& plan,
+    const NamedTensorMap& weights,
+    const std::string& folder) {
   const auto path = std::filesystem::path(folder) / kTrainingFile;
   if (!std::filesystem::exists(path)) {
     return;
@@ -282,6 +319,20 @@ inline void fill_training_state(Plan& plan, const std::string& folder) {
       }
     }
   }
+  for (auto& site : plan.sites) {
+    for (const auto& item : site.delta->file_tensors()) {
+      const auto key = file_key(site.file_prefix, item.first);
+      const auto found = weights.find(key);
+      TORCH_CHECK(
+          found == weights.end() || makes_the_same(item.second, found->second),
+          "peft: '",
+          path.string(),
+          "' does not belong to the weights beside it, it makes another '",
+          key,
+          "'; one of the two was replaced. Remove the file to go on from the "
+          "weights alone");
+    }
+  }
 }
 
 /// What a folder says about a network: a plan whose deltas hold its values.
@@ -298,7 +349,12 @@ inline Plan plan_from_folder(
       "' is not a folder with ",
       kConfigFile);
   const auto path = (fs::path(folder) / kConfigFile).string();
-  const auto config = AdapterConfig::read(path);
+  auto config = AdapterConfig::read(path);
+  // HF's word for the network behind virtual tokens, which is built again to
+  // train on.
+  config.set(
+      "inference_mode",
+      !options.is_trainable() || !fs::exists(fs::path(folder) / kTrainingFile));
   const auto& format = find_format(
       config.has("peft_type")
           ? "'" + path + "', of peft_type '" + config.peft_type() + "',"
@@ -306,8 +362,14 @@ inline Plan plan_from_folder(
       [&](const AdapterFormat& f) { return f.reads(config); });
   Plan result = format.plan(config, network);
   bool adapts_ties = false;
-  const auto tensors =
+  auto tensors =
       read_adapter_weights(folder, format.weight_files(), adapts_ties);
+  for (const auto& names : format.further_files()) {
+    bool unused = false;
+    tensors.merge(
+        read_adapter_weights(folder, names, unused, /*required=*/false));
+  }
+  format.complete(result, network, tensors);
   const auto ties = adapts_ties_apart(result, network);
   TORCH_CHECK(
       ties.empty() || adapts_ties || !options.strict(),
@@ -319,8 +381,9 @@ inline Plan plan_from_folder(
       "this model and can only be adapted together; untie them, or load with "
       "strict(false) to adapt both as the first that is named");
   drop_tied(result.sites);
-  fill_plan(result, format.unpack(tensors, result), folder, options.strict());
-  fill_training_state(result, folder);
+  const auto weights = format.unpack(tensors, result);
+  fill_plan(result, weights, folder, options.strict());
+  fill_training_state(result, weights, folder);
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
       p.set_requires_grad(options.is_trainable());
@@ -343,7 +406,7 @@ inline void save(const Adapter& adapter, const std::string& folder) {
   const detail::AdapterState& state = *adapter.shared_state();
   const auto& format = detail::find_format(
       "adapter '" + state.name + "', a " + state.method + ",",
-      [&](const detail::AdapterFormat& f) { return f.type() == state.method; });
+      [&](const detail::AdapterFormat& f) { return f.writes(state); });
   AdapterConfig config = state.loaded_config.empty()
       ? format.new_config()
       : AdapterConfig::parse(state.loaded_config);
@@ -371,6 +434,16 @@ inline void save(const Adapter& adapter, const std::string& folder) {
       tensors,
       (fs::path(folder) / format.weight_files().front()).string(),
       metadata);
+  const auto further = format.further_files();
+  for (size_t i = 0; i < further.size(); ++i) {
+    const auto more = format.pack_further(state, i);
+    const auto path = fs::path(folder) / further[i].front();
+    if (more.empty()) {
+      fs::remove(path, error); // another adapter's, saved here before
+    } else {
+      save_safetensors(more, path.string(), {{"format", "pt"}});
+    }
+  }
   const auto side = fs::path(folder) / detail::kTrainingFile;
   if (training.empty()) {
     fs::remove(side, error); // another adapter's, saved here before

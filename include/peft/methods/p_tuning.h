@@ -45,8 +45,8 @@ struct PTuningOptions {
   /// As PromptOptions has them.
   TORCH_ARG(std::optional<int64_t>, num_transformer_submodules);
   TORCH_ARG(bool, prompts_decoder) = true;
-  /// Modules trained whole, beside the prompt: a task head.
   TORCH_ARG(std::vector<std::string>, modules_to_save);
+  TORCH_ARG(std::string, task_type);
 };
 
 namespace detail {
@@ -59,11 +59,12 @@ class PTuningDelta final : public PromptTable {
   /// rows are trained themselves.
   PTuningDelta(
       PTuningOptions options,
+      const ExtraTokensOptions& stack,
       int64_t rows,
-      int64_t hidden_size,
       bool has_encoder)
-      : PromptTable(options.num_virtual_tokens()),
+      : PromptTable(options.num_virtual_tokens(), stack),
         options_(std::move(options)) {
+    const int64_t hidden_size = stack.hidden_size();
     embedding =
         register_module("embedding", torch::nn::Embedding(rows, hidden_size));
     if (!has_encoder) {
@@ -135,10 +136,7 @@ class PTuningDelta final : public PromptTable {
 
   std::shared_ptr<Delta> copy() const override {
     auto result = std::make_shared<PTuningDelta>(
-        options_,
-        embedding->weight.size(0),
-        embedding->weight.size(1),
-        has_encoder());
+        options_, stack(), embedding->weight.size(0), has_encoder());
     copy_parameters(*this, *result);
     result->train(is_training());
     return result;
@@ -209,12 +207,12 @@ inline Plan plan(
   check(options);
   const auto places = prompt_places(options, network, "P-tuning");
   auto table = std::make_shared<PTuningDelta>(
-      options, places.rows, places.hidden_size, has_encoder);
+      options, places.first(), places.rows, has_encoder);
   const auto wanted = trained_options(network);
   table->to(wanted.device(), c10::typeMetaToScalarType(wanted.dtype()));
   Plan result;
   result.method = "P_TUNING";
-  result.options = options;
+  result.options = PTuningOptions(options).task_type(places.task_type);
   plan_table(table, places, result.sites);
   plan_modules_to_save(network, options.modules_to_save(), result.sites);
   return result;

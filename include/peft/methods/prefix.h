@@ -66,6 +66,9 @@ struct PrefixOptions {
   TORCH_ARG(bool, hf_layer_order) = false;
   /// Modules trained whole, beside the prefix: a task head.
   TORCH_ARG(std::vector<std::string>, modules_to_save);
+  /// HF's task_type, by which HF PEFT runs a prefix from a file. Default: as
+  /// the stacks and modules_to_save let guess.
+  TORCH_ARG(std::string, task_type);
 };
 
 /// P-tuning v2 is a prefix without projection, for classification with a head
@@ -110,6 +113,10 @@ class PrefixDelta final : public TokensDelta {
 
   bool is_projected() const {
     return !transform.is_empty();
+  }
+
+  const ExtraTokensOptions& stack() const {
+    return stack_;
   }
 
   int64_t num_virtual_tokens() const override {
@@ -332,6 +339,7 @@ inline Plan plan(
       "; name one in stacks");
   PrefixOptions kept = options;
   kept.init_cache(std::nullopt); // not to be held as long as the adapter
+  kept.task_type(task_type_of(options, all));
   const bool two_stacks =
       all.front().second->options.stack() != all.back().second->options.stack();
   const auto wanted = trained_options(network);

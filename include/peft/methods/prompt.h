@@ -56,6 +56,9 @@ struct PromptOptions {
   TORCH_ARG(bool, prompts_decoder) = true;
   /// Modules trained whole, beside the prompt: a task head.
   TORCH_ARG(std::vector<std::string>, modules_to_save);
+  /// HF's task_type, by which HF PEFT runs a prompt from a file. Default: as
+  /// the stacks and modules_to_save let guess.
+  TORCH_ARG(std::string, task_type);
 };
 
 namespace detail {
@@ -64,10 +67,15 @@ namespace detail {
 /// serves; the others have a PromptPart each.
 class PromptTable : public TokensDelta {
  public:
-  explicit PromptTable(int64_t num_virtual_tokens)
-      : num_virtual_tokens_(num_virtual_tokens) {}
+  PromptTable(int64_t num_virtual_tokens, ExtraTokensOptions stack)
+      : num_virtual_tokens_(num_virtual_tokens), stack_(std::move(stack)) {}
 
   virtual Tensor table() const = 0;
+
+  /// The first stack.
+  const ExtraTokensOptions& stack() const {
+    return stack_;
+  }
 
   /// The rows of one stack.
   Tensor part(int64_t stack, double scale) const {
@@ -89,6 +97,7 @@ class PromptTable : public TokensDelta {
 
  private:
   int64_t num_virtual_tokens_;
+  ExtraTokensOptions stack_;
 };
 
 /// Another stack's rows of a table.
@@ -129,8 +138,11 @@ class PromptPart final : public TokensDelta {
 /// A prompt whose rows are trained themselves.
 class PromptDelta final : public PromptTable {
  public:
-  PromptDelta(int64_t num_virtual_tokens, const Tensor& rows)
-      : PromptTable(num_virtual_tokens) {
+  PromptDelta(
+      int64_t num_virtual_tokens,
+      ExtraTokensOptions stack,
+      const Tensor& rows)
+      : PromptTable(num_virtual_tokens, std::move(stack)) {
     prompt_embeddings = register_parameter("prompt_embeddings", rows);
   }
 
@@ -140,7 +152,7 @@ class PromptDelta final : public PromptTable {
 
   std::shared_ptr<Delta> copy() const override {
     auto result = std::make_shared<PromptDelta>(
-        num_virtual_tokens(), prompt_embeddings.detach().clone());
+        num_virtual_tokens(), stack(), prompt_embeddings.detach().clone());
     result->prompt_embeddings.set_requires_grad(
         prompt_embeddings.requires_grad());
     result->train(is_training());
@@ -159,6 +171,11 @@ struct PromptPlaces {
   std::vector<TokenSite> sites; // the stacks it acts on
   int64_t rows = 0;
   int64_t hidden_size = 0;
+  std::string task_type;
+
+  const ExtraTokensOptions& first() const {
+    return sites.front().second->options;
+  }
 };
 
 /// For the options of prompt tuning and of P-tuning.
@@ -196,7 +213,8 @@ PromptPlaces prompt_places(
       options.prompts_decoder() ? stacks : std::min<int64_t>(stacks, 1)));
   check_virtual_tokens(options.num_virtual_tokens(), places.sites);
   places.rows = options.num_virtual_tokens() * stacks;
-  places.hidden_size = places.sites.front().second->options.hidden_size();
+  places.hidden_size = places.first().hidden_size();
+  places.task_type = task_type_of(options, all);
   for (const auto& [name, site] : places.sites) {
     TORCH_CHECK_VALUE(
         site->options.hidden_size() == places.hidden_size,
@@ -390,11 +408,12 @@ inline Tensor initial_prompt(
 inline Plan plan(const PromptOptions& options, const Network& network) {
   Plan result;
   result.method = "PROMPT_TUNING";
-  result.options = options;
   const auto places = prompt_places(options, network, "prompt tuning");
+  result.options = PromptOptions(options).task_type(places.task_type);
   plan_table(
       std::make_shared<PromptDelta>(
           options.num_virtual_tokens(),
+          places.first(),
           initial_prompt(options, network, places)),
       places,
       result.sites);

@@ -78,6 +78,25 @@ inline void check_virtual_tokens(
   }
 }
 
+/// The options' task_type, or what a network with these sites is for.
+template <class Options>
+std::string task_type_of(
+    const Options& options,
+    const std::vector<TokenSite>& sites) {
+  if (!options.task_type().empty()) {
+    return options.task_type();
+  }
+  const auto has = [&](const char* stack) {
+    return std::any_of(sites.begin(), sites.end(), [&](const TokenSite& site) {
+      return site.second->options.stack() == stack;
+    });
+  };
+  if (has("decoder")) {
+    return has("encoder") ? "SEQ_2_SEQ_LM" : "CAUSAL_LM";
+  }
+  return options.modules_to_save().empty() ? "FEATURE_EXTRACTION" : "SEQ_CLS";
+}
+
 /// A trained tensor's dtype and device: the network's, half precision as
 /// float32.
 inline at::TensorOptions trained_options(const Network& network) {

@@ -6,6 +6,7 @@
 #include <peft/core/attach.h>
 #include <peft/io/adapter_config.h>
 
+#include <algorithm>
 #include <map>
 #include <regex>
 #include <set>
@@ -103,6 +104,23 @@ inline void write_targets(
   }
 }
 
+/// Those of `names` that the network has. HF lists what a classification head
+/// may be called ("classifier", "score"), whatever the network calls it; keys
+/// of a module that is not there are still unexpected.
+inline std::vector<std::string> modules_in(
+    const Network& network,
+    std::vector<std::string> names) {
+  const auto is_absent = [&](const std::string& name) {
+    return std::none_of(
+        network.begin(), network.end(), [&](const Layer& layer) {
+          return is_inside(layer.name, {name});
+        });
+  };
+  names.erase(
+      std::remove_if(names.begin(), names.end(), is_absent), names.end());
+  return names;
+}
+
 /// Whether the names of a list mean modules only, as HF's do.
 inline bool names_modules(const Targets& targets, const AdapterState& adapter) {
   if (targets.kind() != Targets::Kind::list) {
@@ -137,6 +155,11 @@ class AdapterFormat {
     return config.has("peft_type") && config.peft_type() == type();
   }
 
+  /// Whether an adapter in memory can be written so.
+  virtual bool writes(const AdapterState& adapter) const {
+    return adapter.method == type();
+  }
+
   /// The names that the weights may have; the first is written.
   virtual std::vector<std::string> weight_files() const {
     return {kWeightsFile, kPickleFile};
@@ -145,6 +168,22 @@ class AdapterFormat {
   /// What the config wants of this network. The deltas' values come later.
   virtual Plan plan(const AdapterConfig& config, const Network& network)
       const = 0;
+
+  /// Further weights, each file by the names that it may have; read where they
+  /// are there. The first name is written, where pack_further has tensors.
+  virtual std::vector<std::vector<std::string>> further_files() const {
+    return {};
+  }
+  virtual NamedTensorList pack_further(
+      const AdapterState& /*adapter*/,
+      size_t /*file*/) const {
+    return {};
+  }
+  /// Adds to a plan what only the tensors of the files tell.
+  virtual void complete(
+      Plan& /*plan*/,
+      const Network& /*network*/,
+      const NamedTensorMap& /*file*/) const {}
 
   /// A config for an adapter that was not loaded from one.
   virtual AdapterConfig new_config() const {

@@ -5,7 +5,6 @@
 #include <peft/io/formats/format.h>
 #include <peft/methods/ia3.h>
 
-#include <algorithm>
 #include <any>
 #include <memory>
 #include <string>
@@ -40,27 +39,10 @@ class Ia3Format final : public AdapterFormat {
     o.modules_to_save(
         config.get<std::vector<std::string>>("modules_to_save", {}));
     Ia3Options here = o;
-    here.modules_to_save(modules_of(network, o.modules_to_save()));
+    here.modules_to_save(modules_in(network, o.modules_to_save()));
     Plan result = detail::plan(here, network);
     result.options = std::move(o);
     return result;
-  }
-
-  /// Those of `names` that the network has. HF lists what a classification head
-  /// may be called ("classifier", "score"), whatever the network calls it; keys
-  /// of a module that is not there are still unexpected.
-  static std::vector<std::string> modules_of(
-      const Network& network,
-      std::vector<std::string> names) {
-    const auto is_absent = [&](const std::string& name) {
-      return std::none_of(
-          network.begin(), network.end(), [&](const Layer& layer) {
-            return is_inside(layer.name, {name});
-          });
-    };
-    names.erase(
-        std::remove_if(names.begin(), names.end(), is_absent), names.end());
-    return names;
   }
 
   AdapterConfig new_config() const override {
@@ -86,10 +68,12 @@ class Ia3Format final : public AdapterFormat {
     const auto& o = std::any_cast<const Ia3Options&>(adapter.options);
     // Roles and predicates are no words of HF's: the layers stand by name.
     std::vector<std::string> targets, feedforward;
+    bool transposed = o.fan_in_fan_out();
     for (const auto& site : adapter.sites) {
       const auto* delta = dynamic_cast<const Ia3Delta*>(site.delta.get());
       if (delta != nullptr) {
         targets.push_back(site.name);
+        transposed = transposed || delta->is_transposed();
         if (delta->is_feedforward()) {
           feedforward.push_back(site.name);
         }
@@ -111,7 +95,7 @@ class Ia3Format final : public AdapterFormat {
     if (!o.exclude().empty()) {
       write_targets(config, "exclude_modules", o.exclude());
     }
-    config.set("fan_in_fan_out", o.fan_in_fan_out());
+    config.set("fan_in_fan_out", transposed);
     config.set("init_ia3_weights", o.init_ia3_weights());
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());
