@@ -134,7 +134,7 @@ class AdapterConfig {
   AdapterConfig() = default;
 
   /// Reads a file. Throws when it is missing, not JSON, gives a key twice, is
-  /// not an object, or has no `peft_type`.
+  /// not an object, or has neither a `peft_type` nor adapter-hub's `config`.
   static AdapterConfig read(const std::string& path) {
     return AdapterConfig(detail::read_json(path), '"' + path + '"');
   }
@@ -190,6 +190,20 @@ class AdapterConfig {
   template <typename T>
   T get(const std::string& field, T fallback) const {
     return has(field) ? get<T>(field) : std::move(fallback);
+  }
+
+  /// An object of fields inside a field, as adapter-hub has its "config".
+  AdapterConfig section(const std::string& field) const {
+    AdapterConfig result;
+    result.fields_ = has(field) && fields_.at(field).is_object()
+        ? fields_.at(field)
+        : nlohmann::json::object();
+    result.where_ = where_ + ", \"" + field + "\"";
+    return result;
+  }
+  AdapterConfig& set(const std::string& field, const AdapterConfig& section) {
+    fields_[field] = section.fields_;
+    return *this;
   }
 
   /// Whether the field is absent, null, false, or an empty list, object or
@@ -280,7 +294,9 @@ class AdapterConfig {
         where_,
         " must be a JSON object, found ",
         fields_.type_name());
-    peft_type();
+    if (!has("config")) { // adapter-hub's have that instead
+      peft_type();
+    }
   }
 
   nlohmann::json fields_ = nlohmann::json::object();

@@ -44,12 +44,13 @@ struct HoulsbyOptions {
   TORCH_ARG(bool, zero_up) = false;
   /// Train every layer norm as well, as published.
   TORCH_ARG(bool, train_layer_norms) = true;
+  /// In decoders, behind the attention to the encoder as well.
+  TORCH_ARG(bool, cross_attention) = false;
   /// Layers without adapters (and whose layer norms stay frozen), counted from
   /// 0 through all stacks.
   TORCH_ARG(std::vector<int64_t>, leave_out);
   /// The linear layers whose output is transformed. Default: the attention's
-  /// last and the feed-forward's last, by their names; in decoders not the
-  /// attention to the encoder.
+  /// last and the feed-forward's last, by their names.
   TORCH_ARG(Targets, targets);
   /// Modules trained whole, beside the adapters: a task head.
   TORCH_ARG(std::vector<std::string>, modules_to_save);
@@ -80,8 +81,8 @@ inline Plan plan(const HoulsbyOptions& options, const Network& network) {
   Plan result;
   result.method = "HOULSBY";
   result.options = options;
-  const auto standard =
-      layers_in_roles(network, {"attention_output", "output"});
+  const auto standard = layers_in_roles(
+      network, {"attention_output", "output"}, options.cross_attention());
   const auto chosen = options.targets().empty()
       ? standard
       : layers_in_targets(

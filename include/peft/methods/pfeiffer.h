@@ -146,6 +146,11 @@ class PfeifferLoopDelta final : public LoopDelta {
     return result;
   }
 
+  /// The number of the stack's first layer.
+  int64_t first() const {
+    return first_;
+  }
+
   std::string describe() const override {
     for (const auto& bottleneck : bottlenecks_) {
       if (!bottleneck.is_empty()) {

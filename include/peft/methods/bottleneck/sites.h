@@ -96,10 +96,12 @@ inline bool is_cross_attention(const std::string& name) {
 /// layers the others (a head, say) do not count.
 inline std::vector<const Layer*> layers_in_roles(
     const Network& network,
-    std::initializer_list<const char*> roles) {
+    std::initializer_list<const char*> roles,
+    bool cross_attention = false) {
   std::vector<const Layer*> all, numbered;
   for (const auto& layer : network) {
-    if (is_one_of(role_of(layer), roles) && !is_cross_attention(layer.name) &&
+    if (is_one_of(role_of(layer), roles) &&
+        (cross_attention || !is_cross_attention(layer.name)) &&
         layer.parameter("weight").defined()) {
       all.push_back(&layer);
       if (!layer_prefix(layer.name).empty()) {
