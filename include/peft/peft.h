@@ -31,6 +31,7 @@
 #include <peft/methods/pfeiffer.h>
 #include <peft/methods/parallel_adapter.h>
 #include <peft/methods/adapter_drop.h>
+#include <peft/methods/widen.h>
 #include <peft/methods/prompt.h>
 #include <peft/methods/p_tuning.h>
 #include <peft/methods/prefix.h>
