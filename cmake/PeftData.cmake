@@ -1,11 +1,13 @@
-# The real network and the real data of examples/010. Where they cannot be had,
-# one line says so and the example makes its own.
+# The real network and the real data of the examples. Where they cannot be had,
+# one line says so: 010 makes its own, 080 is skipped.
 
 include_guard(GLOBAL)
 
 set(PEFT_MINILM "" CACHE PATH
     "Folder with all-MiniLM-L6-v2's model.safetensors, vocab.txt, config.json")
 set(PEFT_WORDNET "" CACHE PATH "Folder with WordNet 3.0's data.noun, data.verb")
+set(PEFT_BIBLE "" CACHE FILEPATH "A plain text, or bible-kjv-text's bible.data")
+set(PEFT_JARGON "" CACHE FILEPATH "A plain text: the Jargon File, or another")
 
 # Sets <folder> to the folder of the MiniLM weights, or to "".
 function(peft_fetch_minilm folder)
@@ -40,5 +42,45 @@ function(peft_fetch_wordnet folder)
   else()
     message(STATUS "No WordNet: the example makes its own data "
                    "(-DPEFT_WORDNET=DIR names a folder with data.noun)")
+  endif()
+endfunction()
+
+# Sets <bible> and <jargon> to the files of examples/080, or both to "".
+function(peft_fetch_texts bible jargon)
+  set(first "${PEFT_BIBLE}")
+  set(second "${PEFT_JARGON}")
+  if(NOT first)
+    set(first /usr/lib/bible.data)
+    if(NOT EXISTS "${first}")
+      peft_fetch_debian(bible-kjv-text 4.38 target)
+      set(first "${target}/usr/lib/bible.data")
+    endif()
+  endif()
+  if(NOT second)
+    set(packed /usr/share/dictd/jargon.dict.dz)
+    if(NOT EXISTS "${packed}")
+      peft_fetch_debian(dict-jargon 4.4.7-3.1 target)
+      set(packed "${target}/usr/share/dictd/jargon.dict.dz")
+    endif()
+    set(second "${PEFT_DEPS_DIR}/jargon-file.txt")
+    file(MAKE_DIRECTORY "${PEFT_DEPS_DIR}")
+    find_program(gzip gzip NO_CACHE)
+    if(EXISTS "${packed}" AND gzip AND NOT EXISTS "${second}")
+      # dictzip's files are gzip's under another ending.
+      execute_process(COMMAND "${gzip}" -dc INPUT_FILE "${packed}"
+                      OUTPUT_FILE "${second}" RESULT_VARIABLE failed)
+      if(failed)
+        file(REMOVE "${second}")
+      endif()
+    endif()
+  endif()
+  if(EXISTS "${first}" AND EXISTS "${second}")
+    set(${bible} "${first}" PARENT_SCOPE)
+    set(${jargon} "${second}" PARENT_SCOPE)
+  else()
+    set(${bible} "" PARENT_SCOPE)
+    set(${jargon} "" PARENT_SCOPE)
+    message(STATUS "No texts: examples/080 is skipped (-DPEFT_BIBLE=FILE and "
+                   "-DPEFT_JARGON=FILE name two)")
   endif()
 endfunction()

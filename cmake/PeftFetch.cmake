@@ -20,6 +20,10 @@ set(_peft_sha256_libutf8proc-dev_2.8.0-1_amd64
     d95c5a20e169c99aa3d0dbce1502d49593d4398f2642fa718293a71f247e5913)
 set(_peft_sha256_wordnet-base_1%3a3.0-37_all
     61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752)
+set(_peft_sha256_bible-kjv-text_4.38_all
+    d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a)
+set(_peft_sha256_dict-jargon_4.4.7-3.1_all
+    405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1)
 
 # One process at a time works in PEFT_DEPS_DIR.
 macro(_peft_lock)
