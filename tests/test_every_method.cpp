@@ -129,9 +129,7 @@ std::vector<Method> every_method() {
     m.starts_as_base = starts_as_base;
     methods.push_back(std::move(m));
   };
-  add(method("LoRA", peft::LoraOptions(2).alpha(4).fan_in_fan_out(true), all),
-      true,
-      true);
+  add(method("LoRA", peft::LoraOptions(2).alpha(4), all), true, true);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);

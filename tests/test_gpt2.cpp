@@ -340,3 +340,22 @@ TEST_CASE("GPT-2's sizes that do not fit are named", "[gpt2]") {
       }),
       "33 tokens, the cached ones included, are more than the 32 positions"));
 }
+
+TEST_CASE("LoRA knows which way a Conv1D lies", "[gpt2]") {
+  seed();
+  peft::models::Gpt2Model model(
+      Gpt2Options().vocab_size(20).n_embd(8).n_layer(1).n_head(2));
+  auto adapter = peft::attach(
+      *model, peft::LoraOptions(2).targets(peft::Targets::all_linear()));
+  CHECK(adapter.sites().size() == 4);
+  const auto factors = adapter.named_parameters();
+  CHECK(
+      factors["h.0.mlp.c_fc.lora_A.weight"].sizes() == at::IntArrayRef({2, 8}));
+  CHECK(
+      factors["h.0.mlp.c_fc.lora_B.weight"].sizes() ==
+      at::IntArrayRef({32, 2}));
+  const TemporaryDirectory folder;
+  peft::save(adapter, folder.path().string());
+  CHECK(peft::AdapterConfig::read(folder / "adapter_config.json")
+            .get<bool>("fan_in_fan_out"));
+}

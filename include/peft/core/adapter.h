@@ -171,7 +171,9 @@ class Adapter {
     return state().enabled;
   }
 
-  /// A factor on the whole adapter: 1 is as trained, 0 the base.
+  /// A factor on the whole adapter: 1 is as trained, 0 the base. (Virtual
+  /// tokens of zero still take attention: for prompts and prefixes 0 is not the
+  /// base.)
   void set_scale(double scale) {
     TORCH_CHECK(
         std::isfinite(scale), "peft: the scale must be finite, got ", scale);

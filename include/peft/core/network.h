@@ -47,6 +47,14 @@ struct Layer {
     return {};
   }
 
+  /// HF's Conv1D, a linear layer whose weight lies as [in, out]: known by the
+  /// name of its type.
+  bool is_conv1d() const {
+    return kind == LayerKind::other && parameter("weight").defined() &&
+        parameter("weight").dim() == 2 &&
+        type.find("Conv1D") != std::string::npos;
+  }
+
   /// Full path of one of its parameters.
   std::string path(const std::string& key) const {
     return name.empty() ? key : name + "." + key;

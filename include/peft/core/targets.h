@@ -40,7 +40,7 @@ inline void check_regex(const std::string& pattern, const std::string& what) {
 ///
 ///   Targets({"query", "value"})   the name is t, or ends with ".t" (HF's rule)
 ///   Targets::regex(".*\\.(q|v)")  the whole name matches
-///   Targets::all_linear()         every Linear and packed attention projection
+///   Targets::all_linear()         every Linear, Conv1D and packed projection
 ///   Targets::where(predicate)     bool(const std::string&, const Module&)
 ///   Targets()                     the method's default: query and value
 class Targets {
@@ -113,7 +113,7 @@ class Targets {
       case Kind::all_linear:
         return is_module &&
             (layer.kind == LayerKind::linear ||
-             layer.kind == LayerKind::attention);
+             layer.kind == LayerKind::attention || layer.is_conv1d());
       case Kind::predicate:
         TORCH_CHECK(
             layer.module != nullptr,

@@ -354,9 +354,7 @@ class Ia3Planner {
     const bool feedforward = is_feedforward(layer);
     const bool convolution = layer.kind == LayerKind::convolution;
     const bool transposed = layer.kind == LayerKind::other &&
-        weight.dim() == 2 &&
-        (options_.fan_in_fan_out() ||
-         layer.type.find("Conv1D") != std::string::npos);
+        weight.dim() == 2 && (options_.fan_in_fan_out() || layer.is_conv1d());
     const int64_t axis = feedforward != transposed ? 1 : 0;
     const int64_t groups = convolution && axis == 1 ? layer.groups : 1;
     const int64_t size = weight.size(axis) * groups;

@@ -193,7 +193,7 @@ class LoraFormat final : public AdapterFormat {
     config.set("use_rslora", o.rslora());
     config.set("bias", o.bias());
     config.set("lora_bias", o.lora_bias());
-    config.set("fan_in_fan_out", o.fan_in_fan_out());
+    config.set("fan_in_fan_out", o.fan_in_fan_out() || is_transposed(adapter));
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());
     }
@@ -205,6 +205,15 @@ class LoraFormat final : public AdapterFormat {
     } else {
       config.set("init_lora_weights", o.init() != "random");
     }
+  }
+
+  static bool is_transposed(const AdapterState& adapter) {
+    return std::any_of(
+        adapter.sites.begin(), adapter.sites.end(), [](const auto& site) {
+          const auto* delta = dynamic_cast<const LoraDelta*>(site.delta.get());
+          return delta != nullptr &&
+              delta->config().layout == LoraLayout::transposed;
+        });
   }
 
   /// Blocks of packed attention are written as one factor of r times their

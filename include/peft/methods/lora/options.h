@@ -56,7 +56,8 @@ struct LoraOptions {
   TORCH_ARG(std::vector<bool>, enable_lora);
   /// HF's lora_bias: B has a bias too, so the layer's own bias moves as well.
   TORCH_ARG(bool, lora_bias) = false;
-  /// The weights are [in, out] (GPT-2's Conv1D).
+  /// Weights of layers that torch::nn does not know are [in, out]; GPT-2's
+  /// Conv1D is taken so in any case.
   TORCH_ARG(bool, fan_in_fan_out) = false;
 };
 

@@ -306,8 +306,8 @@ class LoraPlanner {
       layout = LoraLayout::convolution;
       groups = layer.groups;
     } else if (
-        weight.dim() == 2 && options_.fan_in_fan_out() &&
-        layer.kind == LayerKind::other) {
+        weight.dim() == 2 && layer.kind == LayerKind::other &&
+        (options_.fan_in_fan_out() || layer.is_conv1d())) {
       layout = LoraLayout::transposed;
     }
     std::string prefix = module;
