@@ -7,8 +7,10 @@
 //   adapter.safetensors      PLACE + ".adapters." + NAME + ".adapter_up.weight"
 //   model_head.safetensors   a head that trained along, by its own names
 //
-// (or pytorch_adapter.bin and pytorch_model_head.bin, which are read). PLACE is
-// the module that holds the adapter there:
+// (or pytorch_adapter.bin and pytorch_model_head.bin, which are read; its
+// torch.load takes no pickle that LibTorch writes, so ours want
+// load_adapter(..., use_safetensors=True)). PLACE is the module that holds the
+// adapter there:
 //
 //   BERT          encoder.layer.0.attention.output, encoder.layer.0.output
 //   GPT-2, LLaMA  h.0.attention_adapters, h.0.output_adapters
