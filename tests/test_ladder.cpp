@@ -426,6 +426,80 @@ TEST_CASE("heads are pruned each, shared and packed ones too", "[ladder]") {
   }
 }
 
+TEST_CASE("a network of one's own takes a ladder", "[ladder]") {
+  struct Net : torch::nn::Module {
+    static std::shared_ptr<torch::nn::TransformerEncoderLayerImpl> block(
+        int64_t reduction) {
+      return std::make_shared<torch::nn::TransformerEncoderLayerImpl>(
+          torch::nn::TransformerEncoderLayerOptions(8 / reduction, 2)
+              .dim_feedforward(12 / reduction)
+              .dropout(0));
+    }
+    Net() {
+      for (int i = 0; i < 2; ++i) {
+        layers->push_back(block(1));
+      }
+      register_module("layers", layers);
+      layer_loop = register_module(
+          "layer_loop",
+          peft::LayerLoop(peft::LayerLoopOptions(8, 2).num_heads(2).side_block(
+              [](int64_t, int64_t reduction) { return block(reduction); })));
+    }
+    Tensor forward(const Tensor& x) {
+      return layer_loop
+          ->forward(
+              x,
+              Tensor(),
+              *layers,
+              [](torch::nn::Module& each, const peft::LayerCall& call) {
+                return each.as<torch::nn::TransformerEncoderLayerImpl>()
+                    ->forward(call.hidden.transpose(0, 1))
+                    .transpose(0, 1);
+              })
+          .hidden;
+    }
+    torch::nn::ModuleList layers;
+    peft::LayerLoop layer_loop{nullptr};
+  };
+  seed(20);
+  const auto model = std::make_shared<Net>();
+  auto parameters = model->layers[1]->named_parameters();
+  torch::NoGradGuard no_grad;
+  // Place 1 of the first head and 3 of the second, residual units 0 and 5,
+  // inner units 2, 4 and 11 stand out.
+  parameters["self_attn.in_proj_bias"][8 + 1] = 1e4;
+  parameters["self_attn.in_proj_bias"][16 + 4 + 3] = 1e4;
+  parameters["norm2.bias"][0] = 1e4;
+  parameters["norm1.weight"][5] = 1e4;
+  for (const int64_t unit : {2, 4, 11}) {
+    parameters["linear1.bias"][unit] = 1e4;
+  }
+  const auto adapter = peft::attach(*model, LadderOptions(4).layers({1}));
+  auto side = side_of(adapter).block[0]->named_parameters();
+  const auto width = torch::tensor({0, 5});
+  const auto inner = torch::tensor({2, 4, 11});
+  const auto packed = torch::tensor({1, 7, 9, 15, 17, 23});
+  REQUIRE(equal_bits(
+      side["self_attn.in_proj_weight"],
+      parameters["self_attn.in_proj_weight"]
+          .index_select(0, packed)
+          .index_select(1, width)));
+  REQUIRE(equal_bits(
+      side["self_attn.out_proj.weight"],
+      parameters["self_attn.out_proj.weight"]
+          .index_select(0, width)
+          .index_select(1, torch::tensor({1, 7}))));
+  REQUIRE(equal_bits(
+      side["linear2.weight"],
+      parameters["linear2.weight"].index_select(0, width).index_select(
+          1, inner)));
+  REQUIRE(equal_bits(
+      side["norm2.bias"], parameters["norm2.bias"].index_select(0, width)));
+  REQUIRE(
+      model->forward(torch::randn({2, 3, 8})).sizes() ==
+      at::IntArrayRef({2, 3, 8}));
+}
+
 TEST_CASE("a given importance decides what is kept", "[ladder]") {
   seed(7);
   BertModel model(tiny_bert());

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -212,7 +213,7 @@ struct ActivationStore {
     check_network(notes.at("network"), network, "'" + path.string() + "'");
     SampleStates states;
     for (const auto& name : file.names()) {
-      states.emplace(std::stoull(name), file.at(name));
+      states.emplace(std::strtoull(name.c_str(), nullptr, 10), file.at(name));
     }
     TORCH_CHECK(
         std::to_string(hash_states(states)) == notes.at("checksum"),

@@ -12,16 +12,15 @@
 //
 // A unit's importance is the sum of the importances of all entries that would
 // go with it. Everything as long in the side block as in the layer (a table of
-// relative positions) is copied. The published code walks the weights in order
-// and lets each choose its rows anew, so that what a residual adds up there
-// need not be the same units; here it is.
+// relative positions) is copied. Rotary positions pair the places that are left
+// anew. The published code walks the weights in order and lets each choose its
+// rows anew, so that what a residual adds up there need not be the same units;
+// here it is.
 
 #include <peft/core/adapted_weight.h>
 #include <peft/core/network.h>
-#include <peft/core/roles.h>
+#include <peft/methods/ladder/axes.h>
 #include <peft/methods/ladder/side_network.h>
-
-#include <torch/nn/modules/container/modulelist.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -43,71 +42,6 @@ struct LadderStack {
   std::vector<std::shared_ptr<torch::nn::Module>> layers;
   Layer norm; // after the last layer; without a module where there is none
 };
-
-/// What one dimension of a parameter counts.
-struct PrunedAxis {
-  enum class Units { whole, width, heads, inner };
-  Units units = Units::whole;
-  /// Which attention, or which feed-forward, of the block.
-  int64_t part = 0;
-  /// q, k and v one after another.
-  bool packed = false;
-};
-
-/// The dimensions of every parameter of a block, by the roles of its modules.
-inline std::map<std::string, std::vector<PrunedAxis>> pruned_axes(
-    torch::nn::Module& block,
-    int64_t hidden_size) {
-  using Units = PrunedAxis::Units;
-  std::map<std::string, std::vector<PrunedAxis>> result;
-  int64_t attentions = 0;
-  int64_t feed_forwards = 0;
-  for (const auto& layer : describe_network(block)) {
-    const std::string last = layer.name.substr(layer.name.rfind('.') + 1);
-    const bool packed = layer.kind == LayerKind::attention ||
-        is_one_of(last, {"c_attn", "qkv", "qkv_proj", "query_key_value"});
-    const std::string role = packed ? "query"
-        : last == "gate_proj"       ? "intermediate"
-                                    : role_of(layer);
-    attentions += role == "query";
-    const PrunedAxis width{Units::width};
-    const PrunedAxis heads{Units::heads, attentions, packed};
-    const PrunedAxis inner{Units::inner, feed_forwards};
-    feed_forwards += role == "output";
-
-    PrunedAxis rows, columns;
-    if (is_one_of(role, {"query", "key", "value"})) {
-      rows = heads;
-      columns = width;
-    } else if (role == "attention_output") {
-      rows = width;
-      columns = heads;
-    } else if (role == "intermediate") {
-      rows = inner;
-      columns = width;
-    } else if (role == "output") {
-      rows = width;
-      columns = inner;
-    } else {
-      rows = width; // a norm
-    }
-    for (const auto& [key, tensor] : layer.parameters) {
-      std::vector<PrunedAxis> axes(static_cast<size_t>(tensor.dim()));
-      const bool is_vector = tensor.dim() == 1 &&
-          (rows.units != Units::width || tensor.size(0) == hidden_size);
-      if (is_vector) {
-        axes = {rows};
-      } else if (tensor.dim() == 2 && columns.units != Units::whole) {
-        const bool in_out = layer.kind != LayerKind::linear &&
-            is_one_of(last, {"c_attn", "c_proj", "c_fc"});
-        axes = in_out ? std::vector<PrunedAxis>{columns, rows}
-                      : std::vector<PrunedAxis>{rows, columns};
-      }
-      result[layer.path(key)] = axes;
-    }
-  }
-  return result;
-}
 
 /// The importances of one set of units as they are gathered, and then what is
 /// kept of it.
@@ -137,6 +71,7 @@ class LadderPruning {
 
   void run() {
     for (size_t s = 0; s < stacks_.size(); ++s) {
+      each_parameter(s, [&](const Pair& pair) { measure_heads(pair); });
       each_parameter(s, [&](const Pair& pair) { gather(pair); });
     }
     for (auto& item : units_) {
@@ -245,13 +180,13 @@ class LadderPruning {
     return {};
   }
 
-  /// [.., parts, heads, places] of an attention's axis.
-  std::vector<int64_t>
-  head_sizes(const Pair& pair, const PrunedAxis& axis, int64_t size) {
-    const int64_t parts = axis.packed ? 3 : 1;
-    auto found = head_dims_.find(key_of(pair, axis));
-    if (found == head_dims_.end()) { // the query, which comes first
-      const auto& spec = stacks_[pair.stack].side->spec;
+  /// The size of an attention's heads, by its queries.
+  void measure_heads(const Pair& pair) {
+    const auto& spec = stacks_[pair.stack].side->spec;
+    for (size_t d = 0; d < pair.axes.size(); ++d) {
+      if (!pair.axes[d].is_query) {
+        continue;
+      }
       TORCH_CHECK(
           spec.loop.num_heads() > 0,
           "peft: pruning keeps the heads of '",
@@ -260,11 +195,22 @@ class LadderPruning {
           spec.stack,
           "' with LayerLoopOptions(...).num_heads(n), or use "
           "LadderOptions().init(\"random\")");
-      found =
-          head_dims_
-              .emplace(key_of(pair, axis), size / parts / spec.loop.num_heads())
-              .first;
+      head_dims_[key_of(pair, pair.axes[d])] =
+          pair.from.size(static_cast<int64_t>(d)) / spec.loop.num_heads() /
+          (pair.axes[d].packed ? 3 : 1);
     }
+  }
+
+  /// {parts, heads, places} of an attention's axis.
+  std::vector<int64_t>
+  head_sizes(const Pair& pair, const PrunedAxis& axis, int64_t size) const {
+    const auto found = head_dims_.find(key_of(pair, axis));
+    TORCH_CHECK(
+        found != head_dims_.end(),
+        "peft: cannot tell the queries that belong to '",
+        pair.path,
+        "'; use LadderOptions().init(\"random\")");
+    const int64_t parts = axis.packed ? 3 : 1;
     return {parts, size / parts / found->second, found->second};
   }
 
@@ -323,7 +269,7 @@ class LadderPruning {
   }
 
   /// Which entries of a dimension stay.
-  Tensor kept(const Pair& pair, const PrunedAxis& axis, int64_t size) {
+  Tensor kept(const Pair& pair, const PrunedAxis& axis, int64_t size) const {
     const Tensor& kept = units_.at(key_of(pair, axis)).kept;
     if (axis.units != PrunedAxis::Units::heads) {
       return kept;
