@@ -194,6 +194,11 @@ class LoopDelta : public CallDelta {
 
 /// Options for LayerLoop: what a method must know of the layers.
 struct LayerLoopOptions {
+  using MakeBlock =
+      std::function<std::shared_ptr<torch::nn::Module>(int64_t, int64_t)>;
+  using MakeNorm = std::function<torch::nn::AnyModule(int64_t)>;
+  using InputNorm = std::function<Tensor(torch::nn::Module&, const Tensor&)>;
+
   LayerLoopOptions(int64_t hidden_size, int64_t num_layers)
       : hidden_size_(hidden_size), num_layers_(num_layers) {}
 
@@ -207,15 +212,11 @@ struct LayerLoopOptions {
   /// Makes block `i` of a side network (0 is its first, whichever layer it
   /// stands beside): one of the network's kind, with the same number of heads
   /// and all widths divided by `reduction`. Absent: this network has none.
-  using MakeBlock =
-      std::function<std::shared_ptr<torch::nn::Module>(int64_t, int64_t)>;
   TORCH_ARG(MakeBlock, side_block);
   /// The same for the norm after the last layer, where there is one.
-  using MakeNorm = std::function<torch::nn::AnyModule(int64_t)>;
   TORCH_ARG(MakeNorm, side_norm);
   /// Normalises a block's input as the block itself does first (pre-norm
   /// networks); absent where what flows between blocks is normalised already.
-  using InputNorm = std::function<Tensor(torch::nn::Module&, const Tensor&)>;
   TORCH_ARG(InputNorm, input_norm);
 };
 
@@ -323,5 +324,19 @@ class LayerLoopImpl : public torch::nn::Cloneable<LayerLoopImpl>,
   }
 };
 TORCH_MODULE(LayerLoop);
+
+namespace detail {
+
+/// What a network without the call site lacks, for messages.
+inline const char* const kLayerLoopLines =
+    "  layer_loop = register_module(\"layer_loop\", peft::LayerLoop(\n"
+    "      peft::LayerLoopOptions(hidden_size, num_layers)));\n"
+    "  h = layer_loop->forward(h, attention_mask, *layers,\n"
+    "      [&](torch::nn::Module& each, const peft::LayerCall& call) {\n"
+    "        return each.as<BlockImpl>()->forward(\n"
+    "            call.hidden, call.attention(mask));\n"
+    "      }).hidden;";
+
+} // namespace detail
 
 } // namespace peft

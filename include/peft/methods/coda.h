@@ -112,8 +112,7 @@ class CodaLayer : public torch::nn::Module {
 class CodaDelta final : public LoopDelta {
  public:
   using Layers = std::map<int64_t, std::shared_ptr<CodaLayer>>;
-  /// What LayerLoopOptions::input_norm holds.
-  using Norm = std::function<Tensor(torch::nn::Module&, const Tensor&)>;
+  using Norm = LayerLoopOptions::InputNorm;
 
   CodaDelta(CodaOptions options, Norm norm, const Layers& layers)
       : options_(std::move(options)), norm_(std::move(norm)) {
@@ -388,14 +387,8 @@ inline Plan plan(const CodaOptions& options, const Network& network) {
       !stacks.empty(),
       "peft: CoDA routes tokens around layers, and this network has no "
       "peft::LayerLoop to do it in. Register one and write the loop over the "
-      "layers with it:\n"
-      "  layer_loop = register_module(\"layer_loop\", peft::LayerLoop(\n"
-      "      peft::LayerLoopOptions(hidden_size, num_layers)));\n"
-      "  h = layer_loop->forward(h, attention_mask, *layers,\n"
-      "      [&](torch::nn::Module& each, const peft::LayerCall& call) {\n"
-      "        return each.as<BlockImpl>()->forward(\n"
-      "            call.hidden, call.attention(mask));\n"
-      "      }).hidden;");
+      "layers with it:\n",
+      kLayerLoopLines);
   Plan result;
   result.method = "CODA";
   result.options = options;

@@ -258,14 +258,8 @@ inline void plan_loops(
       "peft: Pfeiffer adapters act on what a layer gives. Where layers end in "
       "a "
       "layer norm, name those norms by targets({...}). Where layers normalise "
-      "first, let a LayerLoop run them (peft/core/layer_loop.h):\n"
-      "  layer_loop = register_module(\"layer_loop\", peft::LayerLoop(\n"
-      "      peft::LayerLoopOptions(hidden_size, num_layers)));\n"
-      "  h = layer_loop->forward(h, attention_mask, *layers,\n"
-      "      [&](torch::nn::Module& each, const peft::LayerCall& call) {\n"
-      "        return each.as<BlockImpl>()->forward(\n"
-      "            call.hidden, call.attention(mask));\n"
-      "      }).hidden;");
+      "first, let a LayerLoop run them (peft/core/layer_loop.h):\n",
+      kLayerLoopLines);
   int64_t count = 0;
   for (const auto& item : loops) {
     count += item.second->options.num_layers();
