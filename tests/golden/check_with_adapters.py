@@ -22,6 +22,9 @@ except ImportError as error:
 
 import written_adapters
 
+logging.getLogger("adapters").propagate = False  # what loading says is collected below
+logging.getLogger("adapters").addHandler(logging.NullHandler())
+
 
 class Messages(logging.Handler):
     """Warnings of the library, which tells in them what of a file it did not use."""

@@ -1,5 +1,7 @@
-# The other direction of the golden files: test_golden_lora writes adapters,
-# HF PEFT loads them. Skipped where Python has no peft.
+# The other direction of the golden files: test_golden_lora and
+# test_golden_additive write adapters, HF PEFT and adapters load them. Skipped
+# where Python has no peft or no adapters; the two need different versions of
+# transformers.
 
 set(PEFT_TEST_PYTHON "" CACHE FILEPATH
     "Python with golden/requirements.txt installed, to check adapters with HF PEFT")
@@ -10,16 +12,31 @@ if(NOT _python)
   set(_python "${PEFT_PYTHON3}")
 endif()
 
+set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
+    "Python with golden/requirements_adapter_hub.txt installed")
+
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
-set_property(TEST test_golden_lora APPEND PROPERTY
-  ENVIRONMENT "PEFT_REVERSE_DIR=${_reverse}")
-set_tests_properties(test_golden_lora PROPERTIES
-  FIXTURES_SETUP adapters_for_peft)
+foreach(_kind lora additive)
+  set_property(TEST test_golden_${_kind} APPEND PROPERTY
+    ENVIRONMENT "PEFT_REVERSE_DIR=${_reverse}/${_kind}")
+  set_tests_properties(test_golden_${_kind} PROPERTIES
+    FIXTURES_SETUP adapters_for_peft)
+endforeach()
 if(_python)
   add_test(NAME check_with_peft
     COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_with_peft.py"
-            "${_reverse}")
+            "${_reverse}/lora" "${_reverse}/additive/peft")
   set_tests_properties(check_with_peft PROPERTIES
+    FIXTURES_REQUIRED adapters_for_peft
+    SKIP_RETURN_CODE 77
+    TIMEOUT 600)
+endif()
+if(PEFT_TEST_ADAPTERS_PYTHON)
+  add_test(NAME check_with_adapters
+    COMMAND "${PEFT_TEST_ADAPTERS_PYTHON}"
+            "${CMAKE_CURRENT_LIST_DIR}/check_with_adapters.py"
+            "${_reverse}/additive/adapters")
+  set_tests_properties(check_with_adapters PROPERTIES
     FIXTURES_REQUIRED adapters_for_peft
     SKIP_RETURN_CODE 77
     TIMEOUT 600)
