@@ -11,9 +11,7 @@
 
 #include <cstdlib>
 #include <fstream>
-#include <functional>
 #include <map>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>

@@ -1,4 +1,4 @@
-"""Loads bottleneck adapters that libpeft wrote with AdapterHub's `adapters` and compares the outputs.
+"""Loads bottleneck adapters that libpeft wrote with `adapters` and compares the outputs.
 
     hub/bin/python check_with_adapters.py FOLDER ...
 
