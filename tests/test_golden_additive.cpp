@@ -278,14 +278,15 @@ json as_read(json value) {
 }
 
 /// A copy of an adapter's folder with another first or last tensor in its
-/// first weights file; the end of the name of what was changed.
+/// (last) weights file; the end of the name of what was changed.
 std::string copy_broken(
     const fs::path& from,
     const fs::path& to,
     const std::string& how,
     bool last) {
   fs::copy(from, to);
-  const auto file = weight_files(to).front();
+  const auto files = weight_files(to);
+  const auto file = last ? files.back() : files.front();
   auto tensors = peft::load_safetensors(file.string());
   auto key = last ? tensors.rbegin()->first : tensors.begin()->first;
   if (how == "a missing key") {
@@ -468,7 +469,7 @@ TEST_CASE("an additive adapter is saved as it was loaded") {
       peft::save(adapter, directory / "again");
       const auto after =
           read_json_file(directory / "again/adapter_config.json");
-      REQUIRE(after.size() >= before.size());
+      REQUIRE(after.size() == before.size());
       for (const auto& item : before.items()) {
         INFO(item.key());
         REQUIRE(after.contains(item.key()));

@@ -363,6 +363,24 @@ TEST_CASE("a loaded adapter is saved as it was loaded") {
   }
 }
 
+TEST_CASE("a head that HF PEFT lists and the network has not is passed over") {
+  // For task_type SEQ_CLS it lists "classifier" and "score", whatever the name.
+  const Golden golden("modules_to_save");
+  TemporaryDirectory directory;
+  const fs::path given = directory / "given";
+  fs::copy(golden.adapter(), given);
+  auto config = read_json_file(given / "adapter_config.json");
+  config["modules_to_save"] = {"classifier", "score", "head"};
+  std::ofstream(given / "adapter_config.json") << config.dump(2);
+  const auto network = golden.network();
+  const auto adapter = peft::load(*network.module, given.string());
+  REQUIRE(near(golden.run(network), golden.expected.at("output"), 1e-6));
+  peft::save(adapter, directory / "again");
+  REQUIRE(
+      read_json_file(directory / "again/adapter_config.json")
+          .at("modules_to_save") == config["modules_to_save"]);
+}
+
 TEST_CASE("a folder that is broken is refused, the model untouched") {
   for (const auto& name : folders("negative_")) {
     DYNAMIC_SECTION(name) {

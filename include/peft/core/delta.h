@@ -195,4 +195,15 @@ class Delta : public torch::nn::Module {
   virtual std::string describe() const = 0;
 };
 
+namespace detail {
+
+/// The dtype that adapters are kept in: at least float32.
+inline at::ScalarType adapter_dtype(const Tensor& weight) {
+  return c10::isReducedFloatingType(weight.scalar_type())
+      ? at::kFloat
+      : weight.scalar_type();
+}
+
+} // namespace detail
+
 } // namespace peft

@@ -25,9 +25,7 @@ class TrainedCopy final : public Delta {
       std::optional<Rows> rows = std::nullopt)
       : file_name_(std::move(file_name)), rows_(rows) {
     c10::InferenceMode off(false);
-    const auto dtype = c10::isReducedFloatingType(source.scalar_type())
-        ? at::kFloat
-        : source.scalar_type();
+    const auto dtype = detail::adapter_dtype(source);
     Tensor copy = source.detach();
     if (rows_) {
       copy = copy.slice(0, rows_->begin, rows_->end);

@@ -352,9 +352,12 @@ inline Plan plan_from_folder(
   auto config = AdapterConfig::read(path);
   // HF's word for the network behind virtual tokens, which is built again to
   // train on.
-  config.set(
-      "inference_mode",
-      !options.is_trainable() || !fs::exists(fs::path(folder) / kTrainingFile));
+  if (config.has("peft_type")) {
+    config.set(
+        "inference_mode",
+        !options.is_trainable() ||
+            !fs::exists(fs::path(folder) / kTrainingFile));
+  }
   const auto& format = find_format(
       config.has("peft_type")
           ? "'" + path + "', of peft_type '" + config.peft_type() + "',"
@@ -411,7 +414,9 @@ inline void save(const Adapter& adapter, const std::string& folder) {
       ? format.new_config()
       : AdapterConfig::parse(state.loaded_config);
   format.write(state, config);
-  config.set("inference_mode", true);
+  if (config.has("peft_type")) { // a field of HF's
+    config.set("inference_mode", true);
+  }
 
   const auto tensors = format.pack(state);
   const auto training = detail::training_state(state);

@@ -11,7 +11,6 @@
 #include <peft/functional/layers.h>
 #include <peft/methods/adapter_drop.h>
 #include <peft/methods/bottleneck/sites.h>
-#include <peft/methods/lora/options.h>
 
 #include <torch/arg.h>
 #include <torch/nn/cloneable.h>

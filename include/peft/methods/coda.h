@@ -15,7 +15,6 @@
 #include <peft/core/attach.h>
 #include <peft/core/layer_loop.h>
 #include <peft/functional/soft_topk.h>
-#include <peft/methods/lora/options.h>
 #include <peft/methods/modules_to_save.h>
 
 #include <algorithm>

@@ -385,9 +385,7 @@ class Ia3Planner {
   Tensor initial(const Tensor& weight, const std::vector<int64_t>& shape)
       const {
     c10::InferenceMode off(false);
-    const auto dtype = c10::isReducedFloatingType(weight.scalar_type())
-        ? at::kFloat
-        : weight.scalar_type();
+    const auto dtype = adapter_dtype(weight);
     const auto options = torch::TensorOptions(weight.device()).dtype(dtype);
     Tensor l = options_.init_ia3_weights() ? torch::ones(shape, options)
                                            : torch::randn(shape, options);

@@ -150,10 +150,7 @@ inline Plan plan(const LadderOptions& options, const Network& network) {
   const Tensor like = any_parameter(network);
   if (!like.is_meta()) { // which has shapes only
     for (const auto& side : sides) { // half precision is trained in float32
-      side->to(
-          like.device(),
-          c10::isReducedFloatingType(like.scalar_type()) ? at::kFloat
-                                                         : like.scalar_type());
+      side->to(like.device(), adapter_dtype(like));
     }
     if (options.init() == "prune") {
       std::vector<LadderStack> stacks;

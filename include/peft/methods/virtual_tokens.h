@@ -101,9 +101,7 @@ std::string task_type_of(
 /// float32.
 inline at::TensorOptions trained_options(const Network& network) {
   const Tensor like = any_parameter(network);
-  return like.options().dtype(
-      c10::isReducedFloatingType(like.scalar_type()) ? at::kFloat
-                                                     : like.scalar_type());
+  return like.options().dtype(adapter_dtype(like));
 }
 
 /// Gives `to` the values and requires_grad of `from`, parameter by parameter;

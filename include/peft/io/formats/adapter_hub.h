@@ -242,15 +242,15 @@ class AdapterHubFormat final : public AdapterFormat {
       const override {
     std::vector<std::string> modules;
     for (const auto& layer : network) {
-      for (const auto& p : layer.parameters) {
-        if (file.count(layer.path(p.first)) != 0) {
-          plan.sites.push_back(plan_copy(layer, p.first));
-          if (modules.empty() || modules.back() != layer.name) {
-            modules.push_back(layer.name);
-          }
-        }
+      const auto in_file = [&](const auto& p) {
+        return file.count(layer.path(p.first)) != 0;
+      };
+      const auto& own = layer.parameters;
+      if (std::any_of(own.begin(), own.end(), in_file)) { // then all of it
+        modules.push_back(layer.name);
       }
     }
+    plan_modules_to_save(network, modules, plan.sites);
     if (auto* o = std::any_cast<HoulsbyOptions>(&plan.options)) {
       o->modules_to_save(modules);
     } else if (auto* p = std::any_cast<PfeifferOptions>(&plan.options)) {

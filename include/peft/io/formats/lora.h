@@ -48,6 +48,7 @@ class LoraFormat final : public AdapterFormat {
       const override {
     LoraOptions wanted = options(config);
     LoraOptions empty = wanted;
+    empty.modules_to_save(modules_in(network, wanted.modules_to_save()));
     Plan result = detail::plan(empty.init("empty"), network);
     result.options = std::move(wanted);
     return result;

@@ -158,13 +158,6 @@ inline LoraScale lora_scale(
                             : static_cast<double>(r))};
 }
 
-/// The dtype that adapters are kept in: at least float32.
-inline at::ScalarType adapter_dtype(const Tensor& weight) {
-  return c10::isReducedFloatingType(weight.scalar_type())
-      ? at::kFloat
-      : weight.scalar_type();
-}
-
 } // namespace detail
 
 } // namespace peft
