@@ -11,12 +11,6 @@
 //   CoDA, 6 of 12       1752  loss 1.615 -> 0.320  detached, the base
 //   ladder side tuning  3099  loss 1.705 -> 0.396  detached, the base
 
-#include <peft/methods/coda.h>
-#include <peft/methods/houlsby.h>
-#include <peft/methods/ladder.h>
-#include <peft/methods/parallel_adapter.h>
-#include <peft/methods/prefix.h>
-#include <peft/methods/prompt.h>
 #include <peft/peft.h>
 #include <torch/torch.h>
 

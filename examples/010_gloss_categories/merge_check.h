@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -48,24 +49,26 @@ inline std::vector<std::string> operators_of(
   return result;
 }
 
-/// Quartiles of time(merged) / time(base) over pairs that run one after the
-/// other, in alternating order.
-inline std::array<double, 3>
-paired_ratio(Network& merged, Network& base, const Batch& batch, int pairs) {
-  const auto time = [&](Network& network) {
+/// Quartiles of time(run) / time(base) over pairs that run one after the other,
+/// in alternating order.
+inline std::array<double, 3> paired_ratio(
+    const std::function<void()>& run,
+    const std::function<void()>& base,
+    int pairs) {
+  const auto time = [](const std::function<void()>& what) {
     const auto start = Clock::now();
-    network->forward(batch.ids, batch.mask);
+    what();
     return seconds_since(start);
   };
-  for (int i = 0; i < 3; ++i) { // the first runs are slower
-    time(base);
-    time(merged);
+  for (int i = 0; i < std::min(3, pairs); ++i) { // the first are slower
+    base();
+    run();
   }
   std::vector<double> ratios;
   for (int i = 0; i < pairs; ++i) {
     const bool base_first = i % 2 == 0;
-    const auto first = time(base_first ? base : merged);
-    const auto second = time(base_first ? merged : base);
+    const auto first = time(base_first ? base : run);
+    const auto second = time(base_first ? run : base);
     ratios.push_back(base_first ? second / first : first / second);
   }
   std::sort(ratios.begin(), ratios.end());
@@ -73,6 +76,15 @@ paired_ratio(Network& merged, Network& base, const Batch& batch, int pairs) {
     return ratios[quarter * (ratios.size() - 1) / 4];
   };
   return {at(1), at(2), at(3)};
+}
+
+/// The same for a forward of two networks.
+inline std::array<double, 3>
+paired_ratio(Network& network, Network& base, const Batch& batch, int pairs) {
+  return paired_ratio(
+      [&] { network->forward(batch.ids, batch.mask); },
+      [&] { base->forward(batch.ids, batch.mask); },
+      pairs);
 }
 
 } // namespace gloss

@@ -15,6 +15,8 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,16 @@ struct TrainOptions {
   double learning_rate = 2e-3; ///< falls to zero in a straight line
   double weight_decay = 0.0;
   uint64_t seed = 1;
+  /// Computes the logits of a batch made of these rows; by default the network
+  /// does.
+  std::function<torch::Tensor(const Batch&, const std::vector<size_t>& rows)>
+      forward;
+};
+
+/// Tensors that train at a rate of their own.
+struct ParameterGroup {
+  std::vector<torch::Tensor> parameters;
+  double learning_rate;
 };
 
 /// What one training run cost and how its loss went.
@@ -83,10 +95,11 @@ inline double standard_error(double accuracy, size_t count) {
   return std::sqrt(accuracy * (1 - accuracy) / static_cast<double>(count));
 }
 
-/// AdamW on `parameters`; everything else about the network stays as it is.
+/// AdamW on `groups`; everything else about the network stays as it is, its
+/// mode included.
 inline TrainResult train(
     Network& network,
-    const std::vector<torch::Tensor>& parameters,
+    const std::vector<ParameterGroup>& groups,
     const Examples& examples,
     int64_t padding,
     const TrainOptions& options,
@@ -97,30 +110,42 @@ inline TrainResult train(
       static_cast<int64_t>((examples.size() + batch_size - 1) / batch_size);
   const auto total = options.epochs * steps_per_epoch;
 
-  torch::optim::AdamW optimizer(
-      parameters,
-      torch::optim::AdamWOptions(options.learning_rate)
-          .weight_decay(options.weight_decay));
-  auto& settings = static_cast<torch::optim::AdamWOptions&>(
-      optimizer.param_groups()[0].options());
+  std::vector<torch::optim::OptimizerParamGroup> optimizer_groups;
+  std::vector<torch::Tensor> parameters;
+  for (const auto& group : groups) {
+    optimizer_groups.emplace_back(
+        group.parameters,
+        std::make_unique<torch::optim::AdamWOptions>(
+            torch::optim::AdamWOptions(group.learning_rate)
+                .weight_decay(options.weight_decay)));
+    parameters.insert(
+        parameters.end(), group.parameters.begin(), group.parameters.end());
+  }
+  torch::optim::AdamW optimizer(optimizer_groups);
 
   TrainResult result;
   Progress progress(title, total);
   double smooth_loss = 0;
   reset_peak_memory();
   std::vector<double> seconds;
-  network->train();
   for (int64_t epoch = 0; epoch < options.epochs && !result.interrupted;
        ++epoch) {
     for (const auto& rows : shuffled_batches(examples, batch_size, order)) {
       const auto start = Clock::now();
       const auto step = static_cast<int64_t>(result.losses.size());
-      settings.lr(
-          options.learning_rate * (1 - static_cast<double>(step) / total));
+      for (size_t i = 0; i < groups.size(); ++i) {
+        static_cast<torch::optim::AdamWOptions&>(
+            optimizer.param_groups()[i].options())
+            .lr(groups[i].learning_rate *
+                (1 - static_cast<double>(step) / total));
+      }
 
       const auto batch = make_batch(examples, rows, padding);
-      const auto loss = torch::nn::functional::cross_entropy(
-          network->forward(batch.ids, batch.mask), batch.labels);
+      const auto logits = options.forward
+          ? options.forward(batch, rows)
+          : network->forward(batch.ids, batch.mask);
+      const auto loss =
+          torch::nn::functional::cross_entropy(logits, batch.labels);
       optimizer.zero_grad();
       loss.backward();
       torch::nn::utils::clip_grad_norm_(parameters, 1.0);
@@ -143,6 +168,25 @@ inline TrainResult train(
   result.seconds_per_step = seconds[seconds.size() / 2];
   result.peak_mib = peak_memory_mib();
   return result;
+}
+
+/// All of `parameters` at options.learning_rate, with the network in training
+/// mode.
+inline TrainResult train(
+    Network& network,
+    const std::vector<torch::Tensor>& parameters,
+    const Examples& examples,
+    int64_t padding,
+    const TrainOptions& options,
+    const std::string& title) {
+  network->train();
+  return train(
+      network,
+      std::vector<ParameterGroup>{{parameters, options.learning_rate}},
+      examples,
+      padding,
+      options,
+      title);
 }
 
 } // namespace gloss
