@@ -50,7 +50,7 @@ struct Report {
 inline void print_table(const Report& report) {
   fmt::print(
       "\nHeld-out bits per character (± standard error over windows)\n"
-      "{:<18} {:>10} {:>9} {:>17} {:>17} {:>9} {:>7}\n{:-<93}\n",
+      "{:<18} {:>10} {:>9} {:>22} {:>22} {:>10} {:>7}\n{:-<104}\n",
       "",
       "trainable",
       "share",
@@ -61,7 +61,8 @@ inline void print_table(const Report& report) {
       "");
   for (const auto& result : report.results) {
     fmt::print(
-        "{:<18} {:>10} {:>7.2f} % {:>9.3f} ± {:.3f} {:>9.3f} ± {:.3f} {:>7.1f} "
+        "{:<18} {:>10} {:>7.2f} % {:>14.3f} ± {:.3f} {:>14.3f} ± {:.3f} "
+        "{:>8.1f} "
         "s {:>7}\n",
         result.name,
         gloss::with_commas(result.trainable),
@@ -206,8 +207,11 @@ inline std::string html_of(const Report& report) {
   if (!report.results[0].training.losses.empty()) {
     html += detail::loss_card(report, "The base learns, bits/char", 0, 1);
   }
-  html += detail::loss_card(
-      report, "The methods learn, bits/char", 1, report.results.size());
+  const bool any = report.results.size() > 1; // not stopped before the first
+  if (any) {
+    html += detail::loss_card(
+        report, "The methods learn, bits/char", 1, report.results.size());
+  }
   html +=
       "</section>\n<section><h2>The prefix, kept in the cache</h2>"
       "<div class='facts'>";
@@ -226,14 +230,16 @@ inline std::string html_of(const Report& report) {
   html += fmt::format(
       "</div></section>\n<footer>One seed ({}), {} threads, {:.0f} s in all. "
       "Scores: {} windows of {} held-out characters, each read with nothing "
-      "before it; ± is the standard error over windows. Saved and loaded, "
-      "every adapter wrote the same text; switched off, the base's."
-      "</footer></body></html>\n",
+      "before it; ± is the standard error over windows.{}</footer></body>"
+      "</html>\n",
       report.seed,
       report.threads,
       report.total_seconds,
       report.windows,
-      report.length);
+      report.length,
+      any ? " Saved and loaded, every adapter wrote the same text; switched "
+            "off, the base's."
+          : "");
   return html;
 }
 

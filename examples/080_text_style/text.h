@@ -6,8 +6,8 @@
 #include <torch/types.h>
 #include <torch/utils.h>
 
+#include <algorithm>
 #include <array>
-#include <cctype>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -232,7 +232,7 @@ inline Text read_text(const std::filesystem::path& path) {
     (place == 6 ? validation : place == 13 ? test : train).push_back(block);
   }
   return {
-      path.stem().string(),
+      is_bible ? "the King James Bible" : path.stem().string(),
       torch::cat(train),
       torch::cat(validation),
       torch::cat(test)};
@@ -249,12 +249,14 @@ inline torch::Tensor random_windows(
   return symbols.index({begins + torch::arange(length + 1)}).to(torch::kLong);
 }
 
-/// The same, one behind the other: at most `count` of them.
+/// At most `count` such windows, evenly spread.
 inline torch::Tensor
-windows_in_order(const torch::Tensor& symbols, int64_t count, int64_t length) {
-  count = std::min(count, symbols.numel() / (length + 1));
-  return symbols.narrow(0, 0, count * (length + 1))
-      .view({count, length + 1})
+spread_windows(const torch::Tensor& symbols, int64_t count, int64_t length) {
+  const auto all = symbols.numel() / (length + 1);
+  count = std::min(count, all);
+  return symbols.narrow(0, 0, all * (length + 1))
+      .view({all, length + 1})
+      .index_select(0, torch::arange(count).mul(all).floor_divide(count))
       .to(torch::kLong);
 }
 

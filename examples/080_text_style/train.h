@@ -122,8 +122,7 @@ inline Score score(
   torch::NoGradGuard no_grad;
   network->eval();
   std::vector<torch::Tensor> means;
-  for (const auto& windows :
-       windows_in_order(symbols, count, length).split(16)) {
+  for (const auto& windows : spread_windows(symbols, count, length).split(16)) {
     means.push_back(bits(network, windows).mean(1));
   }
   const auto all = torch::cat(means).to(torch::kDouble);
