@@ -230,8 +230,9 @@ inline std::string html_of(const Report& report) {
   html += fmt::format(
       "</div></section>\n<footer>One seed ({}), {} threads, {:.0f} s in all. "
       "Scores: {} windows of {} held-out characters, each read with nothing "
-      "before it; ± is the standard error over windows.{}</footer></body>"
-      "</html>\n",
+      "before it; ± is the standard error over windows, and says nothing of "
+      "other seeds. Learning rates were chosen on a validation part (--tune)."
+      "{}</footer></body></html>\n",
       report.seed,
       report.threads,
       report.total_seconds,

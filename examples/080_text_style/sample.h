@@ -11,7 +11,7 @@
 
 namespace style {
 
-/// Goes on from `prompt` by `length` characters, drawn at temperature 0.7; the
+/// Goes on from `prompt` by `length` characters, drawn at temperature 0.5; the
 /// same seed draws the same.
 inline std::string write(
     Network& network,
@@ -27,7 +27,7 @@ inline std::string write(
       peft::models::GenerationOptions()
           .max_new_tokens(length)
           .do_sample(true)
-          .temperature(0.7));
+          .temperature(0.5));
   return decode(symbols[0]);
 }
 
