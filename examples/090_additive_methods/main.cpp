@@ -44,7 +44,7 @@ struct Arguments {
 struct Method {
   std::string name;
   std::string folder;
-  double learning_rate; // of the adapter; --tune found it
+  double learning_rate; // of the adapter, the best that --tune tried
   std::function<peft::Adapter(Network&)> attach;
   bool caches = false; // what the frozen layers make, from epoch to epoch
 };
@@ -74,23 +74,23 @@ std::vector<Method> methods(int64_t tokens) {
       {"(IA)³", "ia3", 6e-2, with(Ia3Options())},
       {"prompt tuning",
        "prompt",
-       1e-2,
+       3e-2,
        with(PromptOptions(tokens).init("vocab"))},
       {"P-tuning, MLP",
        "p_tuning",
-       4e-3,
+       1.2e-2,
        with(PTuningOptions(tokens).encoder_hidden_size(64))},
       {"prefix tuning, MLP",
        "prefix",
        4e-3,
        with(PrefixOptions(tokens).prefix_projection(true).encoder_hidden_size(
            64))},
-      {"P-tuning v2", "p_tuning_v2", 1e-2, with(PTuningV2Options(tokens))},
+      {"P-tuning v2", "p_tuning_v2", 3e-2, with(PTuningV2Options(tokens))},
       {"CoDA, half the tokens",
        "coda",
        4e-3,
        with(CodaOptions().ratio(0.5).bottleneck(16))},
-      {"ladder side tuning", "ladder", 4e-3, with(LadderOptions(8)), true}};
+      {"ladder side tuning", "ladder", 1.2e-2, with(LadderOptions(8)), true}};
 }
 
 // ~~~~ the steps ~~~~
@@ -387,7 +387,8 @@ class Run {
     results_->note(fmt::format(
         "Seed {}, {} texts, {} epochs{}. One seed, a small grid of learning "
         "rates, and differences below two\nstandard errors (±): this is no "
-        "ranking. Prompts and prefixes are known to want far more steps.",
+        "ranking. Prompts and prefixes are known to want far more steps, and\n"
+        "CoDA a backbone trained with its routers.",
         arguments_.seed,
         task_.data.train.size(),
         arguments_.epochs,
