@@ -22,8 +22,8 @@ using torch::Tensor;
 template <class CallSite, class Delta>
 class Hung {
  public:
-  Hung(const CallSite& where, std::shared_ptr<Delta> delta)
-      : delta(std::move(delta)), entries_(&where->site()->entries) {
+  Hung(const CallSite& where, std::shared_ptr<Delta> hung)
+      : delta(std::move(hung)), entries_(&where->site()->entries) {
     auto state = std::make_shared<peft::detail::AdapterState>();
     state->name = "test";
     entries_->push_back({state, this->delta});

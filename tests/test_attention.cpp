@@ -56,8 +56,8 @@ Tensor attention_by_hand(
 template <class CallSite, class Delta>
 class Hung {
  public:
-  Hung(const CallSite& where, std::shared_ptr<Delta> delta)
-      : delta(std::move(delta)), entries_(&where->site()->entries) {
+  Hung(const CallSite& where, std::shared_ptr<Delta> hung)
+      : delta(std::move(hung)), entries_(&where->site()->entries) {
     auto state = std::make_shared<peft::detail::AdapterState>();
     state->name = "test";
     entries_->push_back({state, this->delta});
@@ -411,6 +411,8 @@ TEMPLATE_TEST_CASE(
   auto side = std::make_shared<Side>();
   seed();
   side->block = base.layer_loop->options.side_block()(0, 2);
+  model->to(torch::kDouble);
+  side->block->to(torch::kDouble);
   auto norm = base.layer_loop->options.side_norm()(2);
   const auto narrow = torch::randn({1, 2, 8});
   REQUIRE(norm.forward(narrow).sizes() == narrow.sizes());

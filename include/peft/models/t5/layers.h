@@ -134,8 +134,8 @@ inline torch::nn::Linear t5_linear(int64_t in, int64_t out, double std) {
 /// A stack's token embedding. A tied one looks up the network's `shared` and,
 /// as LmHead, is no part of an archive; a clone must be tied again.
 struct T5EmbedTokensImpl : torch::nn::EmbeddingImpl {
-  explicit T5EmbedTokensImpl(const T5Options& options)
-      : torch::nn::EmbeddingImpl(options.vocab_size(), options.d_model()) {}
+  explicit T5EmbedTokensImpl(const T5Options& t5)
+      : torch::nn::EmbeddingImpl(t5.vocab_size(), t5.d_model()) {}
 
   /// Uses `table` `[vocab_size, d_model]` as the weight from now on.
   void tie(const Tensor& table) {
