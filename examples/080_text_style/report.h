@@ -231,7 +231,8 @@ inline std::string html_of(const Report& report) {
       "</div></section>\n<footer>One seed ({}), {} threads, {:.0f} s in all. "
       "Scores: {} windows of {} held-out characters, each read with nothing "
       "before it; ± is the standard error over windows, and says nothing of "
-      "other seeds. Learning rates were chosen on a validation part, in shorter runs."
+      "other seeds. Learning rates were chosen on a validation part, in "
+      "shorter runs."
       "{}</footer></body></html>\n",
       report.seed,
       report.threads,
