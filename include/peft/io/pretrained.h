@@ -109,11 +109,7 @@ inline NamedTensorMap read_adapter_weights(
     return load_safetensors(path.string());
   }
   TORCH_CHECK(
-      !required,
-      "peft: '",
-      folder,
-      "' holds no weights; looked for ",
-      names);
+      !required, "peft: '", folder, "' holds no weights; looked for ", names);
   return {};
 }
 
