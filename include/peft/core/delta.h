@@ -1,6 +1,7 @@
 #pragma once
 
 #include <peft/functional/convolution.h>
+#include <peft/functional/packed_matrix.h>
 
 #include <c10/util/FunctionRef.h>
 #include <c10/util/StringUtil.h>
@@ -33,6 +34,8 @@ struct LinearCall {
   const std::optional<Tensor>& bias; // [out]
   Rows rows;
   bool transposed = false;
+  /// The whole adapted matrix, prepacked (pack_frozen); null where it is not.
+  std::shared_ptr<const functional::PackedMatrix> packed = nullptr;
 };
 
 /// y = weight[indices].

@@ -108,6 +108,9 @@ struct Site {
   /// Base before the first reversible merge, and who was merged since.
   Tensor original;
   std::vector<AdapterState*> merge_order;
+  /// The base in the CPU kernels' order (pack_frozen). It stays here when the
+  /// base is written to, and is passed over from then on.
+  std::shared_ptr<const functional::PackedMatrix> packed;
 
   /// The deltas that take part for this thread when `tensor` (the adapted
   /// tensor, or the root of a view of it) is used, lowest first.

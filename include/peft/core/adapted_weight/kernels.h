@@ -18,7 +18,8 @@ namespace peft {
 namespace detail {
 
 inline Tensor run_base(const LinearCall& call) {
-  return at::linear(call.x, call.weight, call.bias);
+  return functional::frozen_linear(
+      call.x, call.weight, call.bias, call.packed, call.transposed);
 }
 inline Tensor run_base(const EmbeddingCall& call) {
   return at::embedding(
@@ -74,7 +75,8 @@ inline Tensor fast_linear(
   }
   const std::shared_ptr<Site> site = meta->site;
   const ActiveEntries active = site->active(root_of(w, *meta));
-  if (!all_have(active, &Delta::has_linear)) {
+  const bool packed = site->packed && site->packed->is_of(w);
+  if (active.empty() ? !packed : !all_have(active, &Delta::has_linear)) {
     return {};
   }
   // Without gradients nothing is saved, and the tensor itself will do.
@@ -83,7 +85,12 @@ inline Tensor fast_linear(
     matrix = matrix.t();
   }
   LinearCall call{
-      x, matrix, bias, meta->rows, multiplies_by_w != meta->transposed};
+      x,
+      matrix,
+      bias,
+      meta->rows,
+      multiplies_by_w != meta->transposed,
+      packed ? site->packed : nullptr};
   Tensor y = run_fast(active, active.size(), &Delta::linear, call);
   refuse_optimised_torchscript(y);
   return guard_merged(std::move(y), *site);
