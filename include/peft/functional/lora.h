@@ -5,13 +5,15 @@
 // The explicit layers and the kernels behind attach() both call these.
 
 #include <peft/functional/convolution.h>
+#include <peft/functional/fused_lora.h>
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace peft {
@@ -68,107 +70,33 @@ inline bool has_tangent(const Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();
 }
 
-/// x as a matrix [n, in].
-inline Tensor as_matrix(const Tensor& x) {
-  return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
-}
-
-inline Tensor lora_product(
-    const Tensor& x2,
+/// Whether the fused function computes this call: on plain tensors of one
+/// dtype (on the CPU also a bfloat16 base beside float32 factors), outside
+/// autocast and function transforms. On a GPU dropout is torch's own.
+inline bool can_fuse(
+    const Tensor& x,
     const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    const Tensor& t,
+    const Tensor& A,
     const Tensor& B,
-    double scale) {
-  Tensor y = bias.has_value() && bias->defined()
-      ? at::addmm(*bias, x2, weight.t())
-      : at::mm(x2, weight.t());
-  return y.addmm_(t, B.t(), 1.0, scale);
+    double dropout) {
+  const auto dtype = weight.scalar_type();
+  const bool one_dtype = A.scalar_type() == dtype && B.scalar_type() == dtype;
+  return x.dim() >= 2 && x.scalar_type() == dtype &&
+      (one_dtype || (dtype == at::kBFloat16 && by_kernels(x, A, B))) &&
+      (dropout <= 0.0 || x.is_cpu()) &&
+      !at::autocast::is_autocast_enabled(x.device().type()) &&
+      !c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+      !has_tangent(x) && !has_tangent(A) && !has_tangent(B) &&
+      !has_tangent(weight);
 }
-
-inline std::vector<int64_t> output_sizes(const Tensor& x, int64_t features) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = features;
-  return sizes;
-}
-
-/// Saves x once and t = x Aᵀ, nothing else; the low-rank product is added on
-/// top of the big one in place. Backward differentiates again when asked to.
-struct LoraLinear : torch::autograd::Function<LoraLinear> {
-  static Tensor forward(
-      torch::autograd::AutogradContext* ctx,
-      const Tensor& x,
-      const Tensor& weight,
-      const std::optional<Tensor>& bias,
-      const Tensor& A,
-      const Tensor& B,
-      double scale) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor x2 = as_matrix(x);
-    const Tensor t = at::mm(x2, A.t());
-    const Tensor y = lora_product(x2, weight, bias, t, B, scale);
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
-    if (weight.is_inference()) { // cannot be saved as a variable
-      ctx->saved_data["weight"] = weight;
-      ctx->save_for_backward({x, A, B, t});
-    } else {
-      ctx->save_for_backward({x, A, B, t, weight});
-    }
-    return x.dim() == 2 ? y
-                        : at::_unsafe_view(y, output_sizes(x, weight.size(0)));
-  }
-
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx,
-      torch::autograd::variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &A = saved[1], &B = saved[2];
-    const Tensor weight =
-        saved.size() > 4 ? saved[4] : ctx->saved_data["weight"].toTensor();
-    const double scale = ctx->saved_data["scale"].toDouble();
-    // The positions count defined tensors only: without a bias A moves up.
-    const size_t shift = ctx->saved_data["has_bias"].toBool() ? 1 : 0;
-    const bool again = at::GradMode::is_enabled();
-    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
-    if (!again) {
-      guard.emplace();
-    }
-
-    const Tensor x2 = as_matrix(x);
-    // A saved t is a constant to a second differentiation.
-    const Tensor t = again ? at::mm(x2, A.t()) : saved[3];
-    const Tensor dy = as_matrix(grads[0]);
-    const bool wants_x = ctx->needs_input_grad(0);
-    const bool wants_A = ctx->needs_input_grad(2 + shift);
-    Tensor dt, dx, dW, db, dA, dB;
-    if (wants_x || wants_A) {
-      dt = at::mm(dy, B).mul(scale);
-    }
-    if (wants_x) {
-      dx = at::addmm(at::mm(dy, weight), dt, A).reshape(x.sizes());
-    }
-    if (ctx->needs_input_grad(1)) {
-      dW = at::mm(dy.t(), x2);
-    }
-    if (shift == 1 && ctx->needs_input_grad(2)) {
-      db = dy.sum(0);
-    }
-    if (wants_A) {
-      dA = at::mm(dt.t(), x2);
-    }
-    if (ctx->needs_input_grad(3 + shift)) {
-      dB = at::mm(t.t(), dy).mul(scale).t();
-    }
-    return {dx, dW, db, dA, dB, Tensor()};
-  }
-};
 
 } // namespace detail
 
 /// LoRA on a linear map. x [*, in], weight [out, in], bias [out] or absent,
 /// A [r, in], B [out, r] → [*, out] in the dtype of the base's result.
-/// `dropout` is the probability to apply now: 0 outside training.
+/// `dropout` is the probability to apply now: 0 outside training. `packed` is
+/// the frozen weight (or, when `transposed`, its transpose) prepacked.
 inline Tensor lora_linear(
     const Tensor& x,
     const Tensor& weight,
@@ -176,33 +104,21 @@ inline Tensor lora_linear(
     const Tensor& A,
     const Tensor& B,
     double scale,
-    double dropout = 0.0) {
-  const auto dtype = weight.scalar_type();
-  const bool has_bias = bias.has_value() && bias->defined();
-  const bool composed = dropout > 0.0 || x.dim() < 2 ||
-      A.scalar_type() != dtype || B.scalar_type() != dtype ||
-      x.scalar_type() != dtype ||
-      at::autocast::is_autocast_enabled(x.device().type()) ||
-      c10::impl::tls_is_dispatch_key_included(
-                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-      detail::has_tangent(x) || detail::has_tangent(A) ||
-      detail::has_tangent(B) || detail::has_tangent(weight);
-  if (composed) {
+    double dropout = 0.0,
+    const std::shared_ptr<const PackedMatrix>& packed = nullptr,
+    bool transposed = false) {
+  if (!detail::can_fuse(x, weight, A, B, dropout)) {
     return detail::lora_linear_composed(x, weight, bias, A, B, scale, dropout);
   }
+  detail::LoraArgs args{bias, scale, draw_dropout(dropout), packed, transposed};
   const bool needs_grad = at::GradMode::is_enabled() &&
       (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
-       weight.requires_grad() || (has_bias && bias->requires_grad()));
+       weight.requires_grad() || (args.has_bias() && bias->requires_grad()));
   if (needs_grad) {
-    return detail::LoraLinear::apply(x, weight, bias, A, B, scale);
+    return detail::FusedLora::apply(x, weight, bias, A, B, std::move(args))[0];
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor x2 = detail::as_matrix(x);
-  const Tensor y =
-      detail::lora_product(x2, weight, bias, at::mm(x2, A.t()), B, scale);
-  return x.dim() == 2
-      ? y
-      : at::_unsafe_view(y, detail::output_sizes(x, weight.size(0)));
+  return detail::lora_forward(x, weight, A, B, args).y;
 }
 
 /// LoRA on a table of embeddings. weight [num, dim], A [r, num], B [dim, r]:

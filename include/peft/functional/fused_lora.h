@@ -1,0 +1,513 @@
+#pragma once
+
+// LoRA's linear map as one node of the autograd graph (Hu et al. 2021,
+// arXiv:2106.09685, eq. 3), n rows x [n, in], rank r:
+//
+//   t  = D(x) Aᵀ                     y  = b + s · t Bᵀ + x Wᵀ
+//   dt = s · dy B                    dx = D(dt A) + dy W
+//   dA = dtᵀ D(x)                    dB = s · dyᵀ t
+//
+// D is dropout, whose mask both passes make anew from a counter. The results
+// start as the low-rank term and the big product is added on top, so that the
+// term costs one write where a bias costs one anyway. Kept for backward: x and
+// t. What nobody asks for is neither computed nor kept.
+
+#include <peft/functional/counter_dropout.h>
+#include <peft/functional/cpu/skinny.h>
+#include <peft/functional/packed_matrix.h>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace functional {
+
+using torch::Tensor;
+
+namespace detail {
+
+/// x as a matrix [n, in].
+inline Tensor as_matrix(const Tensor& x) {
+  return x.dim() == 2
+      ? x
+      : x.reshape(
+            {c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)),
+             x.size(-1)});
+}
+
+/// The same with the numbers of a row side by side, as the kernels read them.
+inline Tensor as_rows(const Tensor& x) {
+  const Tensor x2 = as_matrix(x);
+  return x2.stride(1) == 1 || x2.size(1) <= 1 ? x2 : x2.contiguous();
+}
+
+/// The linear map that LoRA is added to, and what belongs to the call.
+struct LoraArgs {
+  std::optional<Tensor> bias;
+  double scale = 1.0;
+  CounterDropout dropout{};
+  std::shared_ptr<const PackedMatrix> packed = nullptr;
+  bool transposed = false; // `packed` is of the weight's transpose
+
+  bool has_bias() const {
+    return bias.has_value() && bias->defined();
+  }
+  /// `x2` times the weight (backward: its transpose) by the packed form.
+  bool packs(const Tensor& x2) const {
+    return packed && x2.scalar_type() == at::kFloat &&
+        packed->serves(x2.size(0));
+  }
+};
+
+/// What forward makes; t and BT serve backward.
+struct LoraResult {
+  Tensor y;
+  Tensor t; // [n, r]
+  Tensor BT; // [r, out], by the kernels only
+  double t_scale = 1.0; // what t lacks of s
+};
+
+/// Whether the CPU kernels make the skinny products: float32, or bfloat16 with
+/// float32 factors.
+inline bool by_kernels(const Tensor& x, const Tensor& A, const Tensor& B) {
+  const int64_t width = x.size(-1);
+  const auto dtype = x.scalar_type();
+  return x.is_cpu() && cpu::has_fast_skinny() &&
+      (dtype == at::kFloat || dtype == at::kBFloat16) &&
+      A.scalar_type() == at::kFloat && A.is_contiguous() && B.is_contiguous() &&
+      width > 0 &&
+      (dtype == at::kBFloat16 ||
+       cpu::prefers_skinny(x.numel() / width, width, A.size(0)));
+}
+
+/// Calls `run` with the element type of `x`: float or BFloat16.
+template <class Run>
+void with_element_of(const Tensor& x, Run run) {
+  if (x.scalar_type() == at::kFloat) {
+    run(float{});
+  } else {
+    run(c10::BFloat16{});
+  }
+}
+
+/// t [n, r] = scale · D(x2) Aᵀ.
+inline Tensor project(
+    const Tensor& x2,
+    const Tensor& A,
+    double scale,
+    const CounterDropout& dropout) {
+  const int64_t n = x2.size(0), r = A.size(0);
+  Tensor t = at::empty({n, r}, A.options());
+  with_element_of(x2, [&](auto element) {
+    using T = decltype(element);
+    cpu::project<T>(
+        x2.const_data_ptr<T>(),
+        x2.stride(0),
+        A.const_data_ptr<float>(),
+        t.mutable_data_ptr<float>(),
+        n,
+        x2.size(1),
+        r,
+        static_cast<float>(scale),
+        dropout.active() ? &dropout : nullptr);
+  });
+  return t;
+}
+
+/// y2 = bias + D(t BT), or on top of y2.
+inline void expand(
+    const Tensor& y2,
+    const Tensor& t,
+    const Tensor& BT,
+    const Tensor& bias,
+    bool accumulate,
+    const CounterDropout& dropout) {
+  with_element_of(y2, [&](auto element) {
+    using T = decltype(element);
+    cpu::expand<T>(
+        t.const_data_ptr<float>(),
+        BT.const_data_ptr<float>(),
+        bias.defined() ? bias.const_data_ptr<T>() : nullptr,
+        y2.mutable_data_ptr<T>(),
+        y2.stride(0),
+        y2.size(0),
+        y2.size(1),
+        t.size(1),
+        accumulate,
+        dropout.active() ? &dropout : nullptr);
+  });
+}
+
+/// G [r, k] = tᵀ D(x2).
+inline Tensor
+outer(const Tensor& x2, const Tensor& t, const CounterDropout& dropout) {
+  Tensor G = at::empty({t.size(1), x2.size(1)}, t.options());
+  with_element_of(x2, [&](auto element) {
+    using T = decltype(element);
+    cpu::outer<T>(
+        x2.const_data_ptr<T>(),
+        x2.stride(0),
+        t.const_data_ptr<float>(),
+        G.mutable_data_ptr<float>(),
+        x2.size(0),
+        x2.size(1),
+        t.size(1),
+        dropout.active() ? &dropout : nullptr);
+  });
+  return G;
+}
+
+/// y2 [n, m] = bias + D(t BT) + x2 M, M [k, m]: forward's result and dx alike.
+/// `backward` says which way the packed form is used.
+inline void start_and_multiply(
+    Tensor y2,
+    const Tensor& t,
+    const Tensor& BT,
+    const Tensor& bias,
+    const Tensor& x2,
+    const Tensor& M,
+    const LoraArgs& args,
+    bool backward) {
+  const CounterDropout none{};
+  const CounterDropout& dropout = backward ? args.dropout : none;
+  if (args.packs(x2)) {
+    const bool apart = dropout.active(); // else it rides in the product
+    args.packed->multiply(
+        x2,
+        y2,
+        backward != args.transposed,
+        bias,
+        apart ? nullptr : t.const_data_ptr<float>(),
+        apart ? nullptr : BT.const_data_ptr<float>(),
+        apart ? 0 : t.size(1));
+    if (apart) {
+      expand(y2, t, BT, {}, /*accumulate=*/true, dropout);
+    }
+    return;
+  }
+  if (y2.scalar_type() == at::kFloat) {
+    const bool dense = !bias.defined() || bias.is_contiguous();
+    expand(y2, t, BT, dense ? bias : bias.contiguous(), false, dropout);
+    y2.addmm_(x2, M);
+    return;
+  }
+  // bfloat16: the base's result rounded, then the sum rounded, as in PEFT.
+  if (bias.defined()) {
+    at::addmm_out(y2, bias, x2, M);
+  } else {
+    at::mm_out(y2, x2, M);
+  }
+  expand(y2, t, BT, {}, /*accumulate=*/true, dropout);
+}
+
+inline Tensor empty_output(const Tensor& x, int64_t features) {
+  c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = features;
+  return at::empty(sizes, x.options());
+}
+
+/// The forward pass. Runs below autograd.
+inline LoraResult lora_forward(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& A,
+    const Tensor& B,
+    const LoraArgs& args) {
+  LoraResult result;
+  if (by_kernels(x, A, B)) {
+    const Tensor x2 = as_rows(x);
+    const int64_t r = B.size(1), out = B.size(0);
+    result.BT = at::empty({r, out}, B.options());
+    cpu::transpose(
+        B.const_data_ptr<float>(), result.BT.mutable_data_ptr<float>(), out, r);
+    result.t = project(x2, A, args.scale, args.dropout);
+    result.y = empty_output(x, out);
+    start_and_multiply(
+        as_matrix(result.y),
+        result.t,
+        result.BT,
+        args.bias.value_or(Tensor()),
+        x2,
+        weight.t(),
+        args,
+        /*backward=*/false);
+    return result;
+  }
+  const Tensor x2 = as_matrix(x);
+  Tensor kept = x2;
+  if (args.dropout.active()) {
+    kept =
+        x2 * dropout_mask(args.dropout, x2.size(0), x2.size(1), x2.options());
+  }
+  result.t = at::mm(kept, A.t());
+  result.t_scale = args.scale;
+  Tensor y2;
+  if (args.packs(x2)) {
+    y2 = at::empty({x2.size(0), B.size(0)}, x2.options());
+    args.packed->multiply(
+        x2.stride(1) == 1 ? x2 : x2.contiguous(),
+        y2,
+        args.transposed,
+        args.bias.value_or(Tensor()),
+        nullptr,
+        nullptr,
+        0);
+  } else {
+    y2 = args.has_bias() ? at::addmm(*args.bias, x2, weight.t())
+                         : at::mm(x2, weight.t());
+  }
+  y2.addmm_(result.t, B.t(), 1.0, args.scale);
+  if (x.dim() != 2) {
+    c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = B.size(0);
+    y2 = at::_unsafe_view(y2, sizes);
+  }
+  result.y = y2;
+  return result;
+}
+
+/// What backward needs beside the saved tensors.
+struct LoraNode : torch::CustomClassHolder {
+  LoraArgs args; // without the bias
+  bool has_bias = false;
+  double t_scale = 1.0;
+  std::vector<int64_t> x_sizes;
+  Tensor weight; // an inference tensor, which cannot be a saved variable
+
+  std::vector<int64_t> y_sizes(int64_t features) const {
+    auto sizes = x_sizes;
+    sizes.back() = features;
+    return sizes;
+  }
+};
+
+struct LoraGrads {
+  Tensor x, weight, bias, A, B;
+};
+struct LoraWants {
+  bool x, weight, bias, A, B;
+};
+
+/// The backward pass by the kernels.
+inline LoraGrads lora_backward_by_kernels(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& A,
+    const Tensor& t,
+    const Tensor& BT,
+    const Tensor& grad,
+    const Tensor& grad_of_t,
+    const LoraNode& node,
+    const LoraWants& wants) {
+  const CounterDropout none{};
+  const LoraArgs& args = node.args;
+  const Tensor dy = as_rows(grad);
+  const int64_t n = dy.size(0), out = dy.size(1), r = A.size(0);
+  LoraGrads grads;
+  Tensor dt, dBT;
+  if (wants.B && (wants.x || wants.A)) {
+    dt = at::empty({n, r}, A.options());
+    dBT = at::empty({r, out}, A.options());
+    with_element_of(dy, [&](auto element) {
+      using T = decltype(element);
+      cpu::project_and_outer<T>(
+          dy.const_data_ptr<T>(),
+          dy.stride(0),
+          BT.const_data_ptr<float>(),
+          t.const_data_ptr<float>(),
+          dt.mutable_data_ptr<float>(),
+          dBT.mutable_data_ptr<float>(),
+          n,
+          out,
+          r,
+          static_cast<float>(args.scale));
+    });
+  } else if (wants.B) {
+    dBT = outer(dy, t, none);
+  } else {
+    dt = project(dy, BT, args.scale, none);
+  }
+  if (grad_of_t.defined() && dt.defined()) {
+    dt.add_(grad_of_t, args.scale / node.t_scale);
+  }
+  if (wants.B) { // t holds s
+    grads.B = at::empty({out, r}, A.options());
+    cpu::transpose(
+        dBT.const_data_ptr<float>(), grads.B.mutable_data_ptr<float>(), r, out);
+  }
+  if (wants.A) {
+    grads.A = outer(as_rows(x), dt, args.dropout);
+  }
+  if (wants.x) {
+    grads.x = at::empty(node.x_sizes, dy.options());
+    start_and_multiply(
+        as_matrix(grads.x),
+        dt,
+        A,
+        {},
+        dy,
+        weight,
+        args,
+        /*backward=*/true);
+  }
+  return grads;
+}
+
+/// The backward pass by torch operators; differentiable when autograd is on,
+/// and then t is made anew from x, as a saved one is a constant (or, where x is
+/// not kept, an output of the node).
+inline LoraGrads lora_backward_by_operators(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& A,
+    const Tensor& B,
+    const Tensor& saved_t,
+    const Tensor& grad,
+    const Tensor& grad_of_t,
+    const LoraNode& node,
+    const LoraWants& wants) {
+  const LoraArgs& args = node.args;
+  const bool again = at::GradMode::is_enabled();
+  const auto dtype = A.scalar_type(); // float32 beside a bfloat16 base
+  const Tensor dy = as_matrix(grad), dy_ = dy.to(dtype);
+  Tensor mask, kept; // D(x)
+  if (args.dropout.active() && (wants.x || wants.A || again)) {
+    mask = dropout_mask(
+        args.dropout, dy.size(0), A.size(1), dy.options().dtype(dtype));
+  }
+  if (x.defined()) {
+    kept = as_matrix(x).to(dtype);
+    if (mask.defined()) {
+      kept = kept * mask;
+    }
+  }
+  LoraGrads grads;
+  Tensor dt;
+  if (wants.x || wants.A) {
+    dt = at::mm(dy_, B).mul(args.scale);
+    if (grad_of_t.defined()) {
+      dt = at::add(dt, grad_of_t, args.scale / node.t_scale);
+    }
+  }
+  if (wants.x) {
+    if (again || mask.defined() || dy.scalar_type() != dtype) {
+      Tensor term = at::mm(dt, A);
+      term = mask.defined() ? term * mask : term;
+      grads.x = (at::mm(dy, weight) + term).to(dy.scalar_type());
+    } else {
+      grads.x = at::mm(dy, weight).addmm_(dt, A);
+    }
+    grads.x = grads.x.reshape(node.x_sizes);
+  }
+  if (wants.A) {
+    grads.A = at::mm(dt.t(), kept);
+  }
+  if (wants.B) {
+    // dBᵀ = tᵀ dy: the fast orientation.
+    const bool anew = again && x.defined();
+    const Tensor t = anew ? at::mm(kept, A.t()) : saved_t;
+    grads.B = at::mm(t.t(), dy_).mul(anew ? args.scale : node.t_scale).t();
+  }
+  return grads;
+}
+
+/// Gives y and, where x is not kept but t depends on it, t, so that second
+/// derivatives reach x through it.
+struct FusedLora : torch::autograd::Function<FusedLora> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& weight,
+      const std::optional<Tensor>& bias,
+      const Tensor& A,
+      const Tensor& B,
+      LoraArgs args) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    args.bias = bias;
+    LoraResult result = lora_forward(x, weight, A, B, args);
+    auto node = c10::make_intrusive<LoraNode>();
+    node->has_bias = args.has_bias();
+    node->t_scale = result.t_scale;
+    node->args = std::move(args);
+    node->args.bias.reset();
+    if (weight.is_inference()) {
+      node->weight = weight;
+    }
+    const bool keeps_x = A.requires_grad() || weight.requires_grad();
+    // Undefined tensors keep the places.
+    ctx->save_for_backward(
+        {keeps_x ? x : Tensor(),
+         weight.is_inference() ? Tensor() : weight,
+         A,
+         B,
+         B.requires_grad() ? result.t : Tensor(),
+         result.BT});
+    node->x_sizes = x.sizes().vec();
+    ctx->saved_data["node"] = c10::IValue::make_capsule(std::move(node));
+    ctx->set_materialize_grads(false);
+    if (!keeps_x && x.requires_grad() && B.requires_grad()) {
+      return {result.y, result.t};
+    }
+    return {result.y};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx,
+      torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &A = saved[2], &B = saved[3], &t = saved[4],
+                 &BT = saved[5];
+    const auto held = ctx->saved_data["node"].toCapsule();
+    const auto& node = static_cast<const LoraNode&>(*held);
+    const Tensor& weight = node.weight.defined() ? node.weight : saved[1];
+    // needs_input_grad counts defined tensors only: without a bias A moves up.
+    const size_t shift = node.has_bias ? 1 : 0;
+    const LoraWants wants{
+        ctx->needs_input_grad(0),
+        ctx->needs_input_grad(1),
+        shift == 1 && ctx->needs_input_grad(2),
+        ctx->needs_input_grad(2 + shift),
+        ctx->needs_input_grad(3 + shift)};
+    const bool again = at::GradMode::is_enabled();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!again) {
+      guard.emplace();
+    }
+    Tensor dy = grads[0];
+    const Tensor grad_of_t = grads.size() > 1 ? grads[1] : Tensor();
+    if (!dy.defined()) { // only t was used
+      dy = at::zeros({1}, weight.options()).expand(node.y_sizes(B.size(0)));
+    }
+    LoraGrads result;
+    const bool low_rank = wants.x || wants.A || wants.B;
+    if (low_rank && BT.defined() && !again) {
+      result = lora_backward_by_kernels(
+          x, weight, A, t, BT, dy, grad_of_t, node, wants);
+    } else if (low_rank) {
+      result = lora_backward_by_operators(
+          x, weight, A, B, t, dy, grad_of_t, node, wants);
+    }
+    if (wants.weight) {
+      result.weight = at::mm(as_matrix(dy).t(), as_matrix(x));
+    }
+    if (wants.bias) {
+      result.bias = as_matrix(dy).sum(0);
+    }
+    return {result.x, result.weight, result.bias, result.A, result.B, Tensor()};
+  }
+};
+
+} // namespace detail
+
+} // namespace functional
+
+} // namespace peft
