@@ -2,6 +2,7 @@
 
 #include <peft/core/delta.h>
 #include <peft/functional/lora.h>
+#include <peft/functional/lora_merge.h>
 #include <peft/methods/lora/options.h>
 
 #include <torch/nn/init.h>
@@ -79,6 +80,28 @@ class LoraDelta final : public Delta {
   std::optional<at::ScalarType> dtype() const override {
     return lora_A.scalar_type();
   }
+  bool fold_into(const Tensor& weight, double scale, bool dry_run)
+      const override {
+    torch::NoGradGuard no_grad;
+    auto [down, up] = factors();
+    if (config_.layout == Layout::convolution) {
+      if (config_.groups > 1) { // a product a group
+        return false;
+      }
+      down = down.flatten(1);
+      up = up.flatten(1);
+    }
+    if (weight.dim() < 2 || (weight.dim() > 2 && !weight.is_contiguous())) {
+      return false;
+    }
+    const Tensor matrix = weight.flatten(1);
+    const double s = scale * config_.scaling;
+    if (dry_run) {
+      return functional::lora_merge_is_safe(matrix, down, up, s);
+    }
+    functional::lora_merge_(matrix, down, up, s);
+    return true;
+  }
   bool is_additive() const override {
     return true;
   }
@@ -105,7 +128,15 @@ class LoraDelta final : public Delta {
     const double s = scale * config_.scaling;
     if (below.is_base) {
       return functional::lora_linear(
-          call.x, call.weight, call.bias, down, up, s, dropout_now());
+          call.x,
+          call.weight,
+          call.bias,
+          down,
+          up,
+          s,
+          dropout_now(),
+          call.packed,
+          call.transposed);
     }
     const Tensor y = below(call);
     return (y +
