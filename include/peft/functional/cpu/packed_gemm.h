@@ -8,6 +8,8 @@
 // result multiplies by as many numbers of x. A tile stays in registers; a slab
 // of panels stays in the second cache while the rows of x go by.
 
+#include <peft/functional/cpu/vector.h>
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -16,46 +18,11 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__GNUC__)
-#define PEFT_ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define PEFT_ALWAYS_INLINE inline
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define PEFT_OPTIMIZED __attribute__((optimize("O3")))
-#else
-#define PEFT_OPTIMIZED
-#endif
-#if defined(__GNUC__) && defined(__x86_64__)
-#define PEFT_X86 1
-#else
-#define PEFT_X86 0
-#endif
-
 namespace peft {
 
 namespace functional {
 
 namespace cpu {
-
-enum class Isa { portable, avx2, avx512 };
-
-/// The widest instructions that this machine has.
-inline Isa best_isa() {
-#if PEFT_X86
-  static const Isa best = [] {
-    if (__builtin_cpu_supports("avx512f")) {
-      return Isa::avx512;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-        ? Isa::avx2
-        : Isa::portable;
-  }();
-  return best;
-#else
-  return Isa::portable;
-#endif
-}
 
 /// Panels that are narrower than the full ones, and the unit of padding.
 constexpr int64_t kNarrow = 16;
@@ -154,17 +121,17 @@ PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
 }
 
 template <int Count, int Rows>
-PEFT_OPTIMIZED void tile_portable(const Tile& tile) {
+PEFT_KERNEL void tile_portable(const Tile& tile) {
   run_tile<4, Count, Rows>(tile);
 }
-#if PEFT_X86
+#if PEFT_X86_VECTORS
 template <int Count, int Rows>
-__attribute__((target("avx2,fma"))) PEFT_OPTIMIZED void tile_avx2(
+__attribute__((target("avx2,fma"))) PEFT_KERNEL void tile_avx2(
     const Tile& tile) {
   run_tile<8, Count, Rows>(tile);
 }
 template <int Count, int Rows>
-__attribute__((target("avx512f"))) PEFT_OPTIMIZED void tile_avx512(
+__attribute__((target("avx512f"))) PEFT_KERNEL void tile_avx512(
     const Tile& tile) {
   run_tile<16, Count, Rows>(tile);
 }
@@ -186,7 +153,7 @@ inline const Tiles& tiles_of(Isa isa) {
       3,
       {tile_portable<4, 1>, tile_portable<4, 2>, tile_portable<4, 3>},
       {tile_portable<4, 1>, tile_portable<4, 2>, tile_portable<4, 3>}};
-#if PEFT_X86
+#if PEFT_X86_VECTORS
   static const Tiles avx2{
       16,
       6,
@@ -221,8 +188,8 @@ inline const Tiles& tiles_of(Isa isa) {
        tile_avx512<1, 6>,
        tile_avx512<1, 7>,
        tile_avx512<1, 8>}};
-  if (isa != Isa::portable) {
-    return isa == Isa::avx512 ? avx512 : avx2;
+  if (isa != Isa::kPlain) {
+    return isa == Isa::kAvx512 ? avx512 : avx2;
   }
 #endif
   (void)isa;
