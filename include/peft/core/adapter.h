@@ -48,12 +48,18 @@ inline std::shared_ptr<Site> lock_site(const SiteRecord& record) {
   return site;
 }
 
-/// Writes into the bare base, whatever mode the caller or the model is in.
-inline void write_base(const Tensor& weight, const Tensor& value) {
+/// Calls f with the bare base to write into, whatever mode the caller or the
+/// model is in.
+template <class F>
+void with_base(const Tensor& weight, F&& f) {
   c10::InferenceMode mode(weight.is_inference());
   torch::NoGradGuard no_grad; // after the mode, which switches it
   NoTagGuard guard(kAdaptedKey);
-  weight.copy_(value.detach());
+  f(base_of(weight));
+}
+
+inline void write_base(const Tensor& weight, const Tensor& value) {
+  with_base(weight, [&](const Tensor& own) { own.copy_(value.detach()); });
 }
 
 /// A copy of the bare base that shares nothing with it.
@@ -62,9 +68,19 @@ inline Tensor copy_of_base(const Tensor& weight) {
   return base_of(weight).clone();
 }
 
-inline void check_finite(const Tensor& value, const std::string& name) {
+/// `value` is what is to be written; where `before` was not finite it may be
+/// neither.
+inline void check_finite(
+    const Tensor& value,
+    const std::string& name,
+    const Tensor& before = {}) {
+  const Tensor finite = at::isfinite(value);
   TORCH_CHECK(
-      at::isfinite(value).all().item<bool>(),
+      finite.all().item<bool>() ||
+          (before.defined() &&
+           at::logical_or(finite, at::isfinite(before).logical_not())
+               .all()
+               .item<bool>()),
       "peft: merging into '",
       name,
       "' would write values that are not finite; nothing was changed. Check "
@@ -215,8 +231,9 @@ class Adapter {
   }
 
   /// Folds the adapter into the base and keeps the old base, so that unmerge
-  /// restores it bit for bit. Results that are not finite are refused before
-  /// anything is written. An adapter that is already merged is an error.
+  /// restores it bit for bit. An adapter that would make a finite number
+  /// infinite or NaN is refused with nothing changed; what the base itself has
+  /// of them stays. An adapter that is already merged is an error.
   void merge();
   void unmerge();
   bool is_merged() const {

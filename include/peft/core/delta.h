@@ -94,6 +94,15 @@ class Delta : public torch::nn::Module {
       double /*scale*/) const {
     return below(call);
   }
+  /// Adds to `y`, the result of what stands below for rows x [n, in], what this
+  /// changes there, in place and without gradients: s · x ΔMᵀ for a low-rank
+  /// ΔM. False, with `y` untouched, where it has no such way.
+  virtual bool add_rows(
+      const LinearCall& /*call*/,
+      const Tensor& /*y*/,
+      double /*scale*/) const {
+    return false;
+  }
 
   virtual bool has_embedding() const {
     return false;
@@ -140,6 +149,17 @@ class Delta : public torch::nn::Module {
   /// Why this cannot be folded into the weight; empty when it can.
   virtual std::string merge_obstacle() const {
     return {};
+  }
+
+  /// W ← W' in the memory of `weight`, the plain base, for a merge. True only
+  /// where a look at the parameters proves that a finite W stays finite; with
+  /// `dry_run`, which is always asked first, it only says so. False: nothing
+  /// was written, and the merge checks what `effective` gives.
+  virtual bool fold_into(
+      const Tensor& /*weight*/,
+      double /*scale*/,
+      bool /*dry_run*/) const {
+    return false;
   }
 
   /// W' = W + ΔW with ΔW free of W: such deltas merge in any order.

@@ -12,23 +12,76 @@ namespace peft {
 
 namespace detail {
 
-/// The base after folding `adapter`'s deltas at this site into `weight`.
-inline Tensor
-fold(const Site& site, const AdapterState& adapter, const Tensor& weight) {
+/// The base after `entries`, in their order, rounded once.
+inline Tensor folded(const ActiveEntries& entries, const Tensor& weight) {
   torch::NoGradGuard no_grad;
   auto dtype = weight.scalar_type();
-  for (const auto& entry : site.entries) {
-    if (entry.adapter.get() == &adapter) {
-      dtype = c10::promoteTypes(dtype, entry.delta->dtype().value_or(dtype));
-    }
+  for (const auto& entry : entries) {
+    dtype = c10::promoteTypes(dtype, entry.delta->dtype().value_or(dtype));
   }
   Tensor value = weight.to(dtype);
+  for (const auto& entry : entries) {
+    value = entry.delta->effective(value, entry.scale);
+  }
+  return value.to(weight.scalar_type());
+}
+
+/// Whether every one of `entries` can fold itself into the base without an
+/// overflow. Several into a base of half precision would round several times.
+inline bool folds_in_place(const ActiveEntries& entries, const Tensor& weight) {
+  bool result =
+      entries.size() < 2 || !c10::isReducedFloatingType(weight.scalar_type());
+  with_base(weight, [&](const Tensor& own) {
+    for (const auto& entry : entries) {
+      result =
+          result && entry.delta->fold_into(own, entry.scale, /*dry_run=*/true);
+    }
+  });
+  return result;
+}
+
+inline void fold_in_place(const ActiveEntries& entries, const Tensor& weight) {
+  with_base(weight, [&](const Tensor& own) {
+    for (const auto& entry : entries) {
+      entry.delta->fold_into(own, entry.scale, /*dry_run=*/false);
+    }
+  });
+}
+
+/// Refuses entries that would write what is not finite; writes nothing. What is
+/// to be written, or an undefined tensor where the entries fold in place.
+inline Tensor checked_value(
+    const Site& site,
+    const ActiveEntries& entries,
+    const Tensor& weight,
+    const std::string& name) {
+  TORCH_CHECK(
+      weight.sizes() == at::IntArrayRef(site.sizes),
+      "peft: the adapted weight '",
+      name,
+      "' changed its shape from ",
+      at::IntArrayRef(site.sizes),
+      " to ",
+      weight.sizes(),
+      " under its adapter; detach the adapter before changing the shape");
+  if (folds_in_place(entries, weight)) {
+    return {};
+  }
+  const Tensor own = base_of(weight);
+  const Tensor value = folded(entries, own);
+  check_finite(value, name, own);
+  return value;
+}
+
+/// What `adapter` has at this site.
+inline ActiveEntries entries_of(const Site& site, const AdapterState& adapter) {
+  ActiveEntries result;
   for (const auto& entry : site.entries) {
     if (entry.adapter.get() == &adapter) {
-      value = entry.delta->effective(value, adapter.scale);
+      result.push_back({entry.delta.get(), adapter.scale});
     }
   }
-  return value.to(weight.scalar_type()); // one rounding
+  return result;
 }
 
 inline void check_mergeable(const AdapterState& adapter) {
@@ -114,17 +167,17 @@ inline void merge_adapter(AdapterState& adapter) {
     check_merge_order(*site, adapter, name);
   }
 
-  // Everything is computed and checked at a site before it is written; should
-  // a later site fail, the earlier ones get their base back.
+  // Everything is checked at a site before it is written; should a later site
+  // fail, the earlier ones get their base back.
   std::vector<std::pair<std::shared_ptr<Site>, Tensor>> done;
   try {
     for (const auto& [name, site] : sites) {
       const Tensor weight = tensor_of(*site);
-      const Tensor before = copy_of_base(weight);
-      const Tensor value = fold(*site, adapter, before);
-      check_finite(value, name);
-      done.emplace_back(site, before);
-      write_base(weight, value);
+      const auto entries = entries_of(*site, adapter);
+      const Tensor value = checked_value(*site, entries, weight, name);
+      done.emplace_back(site, copy_of_base(weight));
+      value.defined() ? write_base(weight, value)
+                      : fold_in_place(entries, weight);
     }
   } catch (...) {
     for (const auto& [site, before] : done) {
@@ -152,11 +205,13 @@ inline void unmerge_adapter(AdapterState& adapter) {
     auto& order = site->merge_order;
     order.erase(std::remove(order.begin(), order.end(), &adapter), order.end());
     // Start over from the first base: subtracting would round.
-    Tensor value = site->original.to(weight.device(), weight.scalar_type());
+    write_base(weight, site->original);
     for (const AdapterState* other : order) {
-      value = fold(*site, *other, value);
+      const auto entries = entries_of(*site, *other);
+      folds_in_place(entries, weight)
+          ? fold_in_place(entries, weight)
+          : write_base(weight, folded(entries, base_of(weight)));
     }
-    write_base(weight, value);
     if (order.empty()) {
       site->original = Tensor();
     }
@@ -199,17 +254,20 @@ inline void merge_for_good(const States& states) {
     }
   }
 
-  auto folded = [](const Site& site) {
-    torch::NoGradGuard no_grad;
-    NoTagGuard guard(kAdaptedKey);
-    return apply_deltas(site, base_of(tensor_of(site)));
-  };
-  // A dry run first: folding is cheap, a second copy of the network is not.
+  // Everything is checked first, in a dry run where it takes one: folding is
+  // cheap, a second copy of the network is not.
+  std::vector<bool> in_place;
   for (const auto& [name, site] : sites) {
-    check_finite(folded(*site), name);
+    const Tensor weight = tensor_of(*site);
+    const Tensor value =
+        checked_value(*site, site->active(weight), weight, name);
+    in_place.push_back(!value.defined());
   }
-  for (const auto& [name, site] : sites) {
-    write_base(tensor_of(*site), folded(*site));
+  for (size_t i = 0; i < sites.size(); ++i) {
+    const Tensor weight = tensor_of(*sites[i].second);
+    const auto entries = sites[i].second->active(weight);
+    in_place[i] ? fold_in_place(entries, weight)
+                : write_base(weight, folded(entries, base_of(weight)));
   }
   for (const auto& state : states) {
     state->merged = false; // folded for good: nothing to restore
@@ -229,8 +287,9 @@ inline void Adapter::unmerge() {
 
 /// Folds every enabled adapter of `model` into its weights and leaves a plain
 /// torch::nn module: no tag, no extra child, the operators of the base. The old
-/// base is let go. Disabled adapters are dropped without being folded. Results
-/// that are not finite are refused before anything is written.
+/// base is let go. Disabled adapters are dropped without being folded. An
+/// adapter that would make a finite number infinite or NaN is refused before
+/// anything is written; what the base itself has of them stays.
 inline void merge(torch::nn::Module& model) {
   detail::merge_for_good(detail::states_below(model));
 }
