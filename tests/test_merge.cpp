@@ -1,13 +1,17 @@
 /// merge and unmerge: to the bit, in any order, or not at all.
 
 #include "adapted.h"
+#include "allocations.h"
 #include "model_state.h"
 #include "networks.h"
 #include "test.h"
 
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -100,11 +104,26 @@ Comparison same_bits(
   return {a.size() == b.size(), "the same bits"};
 }
 
-/// The distance to the next bfloat16: 8 bits of precision.
-Tensor ulp_of_bfloat16(const Tensor& value) {
+/// The distance to the next number that has `digits` bits of precision.
+Tensor ulp(const Tensor& value, int64_t digits) {
   const Tensor exponent = std::get<1>(at::frexp(value.to(torch::kDouble)));
   return at::ldexp(
-      at::ones_like(exponent, torch::kDouble), exponent.to(torch::kDouble) - 8);
+      at::ones_like(exponent, torch::kDouble),
+      exponent.to(torch::kDouble) - digits);
+}
+
+Tensor wide(const Tensor& t) {
+  return t.detach().to(torch::kDouble);
+}
+
+void fill(const Tensor& t, double value) {
+  torch::NoGradGuard no_grad;
+  t.fill_(value);
+}
+
+/// Merges for good, or so that it can be undone.
+void merge(Adapter& adapter, nn::Module& model, bool for_good) {
+  for_good ? peft::merge(model) : adapter.merge();
 }
 
 } // namespace
@@ -412,14 +431,10 @@ TEST_CASE("a bfloat16 merge rounds once") {
     torch::NoGradGuard no_grad;
     delta.lora_B.normal_(0, 0.02); // a change about as small as the rounding
   }
-  const auto wide = [](const Tensor& t) {
-    return t.detach().to(torch::kDouble);
-  };
   const Tensor exact =
       wide(W) + 8. / 8 * at::mm(wide(delta.lora_B), wide(delta.lora_A));
   const auto check = [&](const Tensor& merged) {
-    const Tensor ulp = ulp_of_bfloat16(exact);
-    const Tensor error = (wide(merged) - exact).abs() / ulp;
+    const Tensor error = (wide(merged) - exact).abs() / ulp(exact, 8);
     CHECK(error.max().item<double>() <= 1.0);
     // One rounding to the nearest: half an ulp, and what float32 adds.
     CHECK(error.max().item<double>() < 0.501);
@@ -518,4 +533,278 @@ TEST_CASE("deltas that are not sums merge in the order they act") {
   shift.unmerge();
   CHECK(same_state(state_of(*linear), before));
   CHECK(equal_bits(linear->forward(x), y));
+}
+
+TEST_CASE("half precision is merged in blocks of rows, rounded once") {
+  // 300 rows of 512 are more than one block.
+  for (const auto& [dtype, digits] :
+       std::vector<std::pair<torch::ScalarType, int64_t>>{
+           {torch::kBFloat16, 8}, {torch::kHalf, 11}}) {
+    for (const bool for_good : {false, true}) {
+      for (const bool transposed : {false, true}) {
+        INFO(dtype << for_good << transposed);
+        seed(11);
+        nn::Linear linear(512, 300);
+        linear->to(dtype);
+        if (transposed) { // the same matrix, laid out column by column
+          linear->weight.set_data(linear->weight.detach().t().contiguous().t());
+        }
+        const Tensor W = wide(linear->weight);
+        auto adapter =
+            peft::attach(*linear, LoraOptions(4).init("random").targets(""));
+        randomise(adapter);
+        const auto& delta = lora(adapter);
+        const Tensor A = wide(delta.lora_A), B = wide(delta.lora_B);
+        const Tensor exact = W + delta.config().scaling * at::mm(B, A);
+        merge(adapter, *linear, for_good);
+        const Tensor merged = wide(peft::base(linear->weight));
+        // Half a step, and what float32 adds.
+        const Tensor step = ulp(exact, digits).clamp_min(std::ldexp(1., -24));
+        const Tensor excess = (merged - exact).abs() - step / 2;
+        CHECK(excess.max().item<double>() < 1e-6);
+        CHECK_FALSE(equal_bits(merged, W));
+      }
+    }
+  }
+}
+
+TEST_CASE("several adapters on a base of half precision are rounded once") {
+  seed(12);
+  nn::Linear linear(64, 96);
+  linear->to(torch::kBFloat16);
+  Tensor exact = wide(linear->weight);
+  for (const std::string name : {"one", "two", "three"}) {
+    auto adapter = peft::attach(*linear, acting(""), name);
+    exact += 2 * at::mm(wide(lora(adapter).lora_B), wide(lora(adapter).lora_A));
+  }
+  peft::merge(*linear);
+  const Tensor error = (wide(linear->weight) - exact).abs() / ulp(exact, 8);
+  CHECK(error.max().item<double>() < 0.51);
+}
+
+TEST_CASE("a merge makes no second matrix of the weight's size") {
+  struct Row {
+    std::string name;
+    std::shared_ptr<nn::Module> module;
+    std::string target;
+  };
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kBFloat16}) {
+    for (const auto& row : std::vector<Row>{
+             {"linear", nn::Linear(640, 1024).ptr(), "weight"},
+             {"embedding", nn::Embedding(1024, 640).ptr(), "weight"},
+             {"convolution",
+              nn::Conv1d(nn::Conv1dOptions(512, 512, 3)).ptr(),
+              "weight"},
+             {"attention",
+              nn::MultiheadAttention(512, 4).ptr(),
+              "in_proj_weight"}}) {
+      INFO(row.name << " in " << dtype);
+      seed(13);
+      row.module->to(dtype);
+      const Tensor weight = row.module->named_parameters()[row.target];
+      const auto bytes = static_cast<int64_t>(weight.nbytes());
+      const auto plain = weight.detach().clone();
+      auto adapter = peft::attach(*row.module, acting(row.target));
+      const Tensor value = peft::effective(weight).detach();
+
+      CHECK(
+          allocations::at_least(
+              allocations::made_by([&] { adapter.merge(); }), bytes / 2) == 1);
+      CHECK(close(peft::base(weight).detach(), value));
+      CHECK(
+          allocations::at_least(
+              allocations::made_by([&] { adapter.unmerge(); }), bytes / 2) ==
+          0);
+      CHECK(equal_bits(peft::base(weight).detach(), plain));
+      CHECK(
+          allocations::at_least(
+              allocations::made_by([&] { peft::merge(*row.module); }),
+              bytes / 2) == 0);
+      CHECK(close(weight.detach(), value));
+    }
+  }
+}
+
+TEST_CASE("an adapter that overflows is refused before a bit changes") {
+  struct Row {
+    std::string name;
+    torch::ScalarType dtype;
+    double A, B;
+  };
+  const double most = std::numeric_limits<float>::max();
+  for (const auto& row : std::vector<Row>{
+           {"NaN in A", torch::kFloat, NAN, 1},
+           {"NaN in A, zero in B", torch::kFloat, NAN, 0},
+           {"infinity in B, zero in A", torch::kFloat, 0, INFINITY},
+           {"a huge B", torch::kFloat, 1e3, most},
+           {"a huge B, float64", torch::kDouble, 1e200, 1e200},
+           {"a huge B, bfloat16", torch::kBFloat16, 1, most},
+           {"more than half precision holds", torch::kHalf, 200, 200}}) {
+    for (const bool for_good : {false, true}) {
+      INFO(row.name << for_good);
+      seed(14);
+      Mlp model;
+      model.to(row.dtype);
+      auto adapter = peft::attach(model, acting({"fc1", "head"}));
+      fill(adapter.named_parameters()["head.lora_A.weight"], row.A);
+      fill(adapter.named_parameters()["head.lora_B.weight"], row.B);
+      const auto before = state_of(model);
+      const auto error = error_of([&] { merge(adapter, model, for_good); });
+      CHECK(contains(error, "merging into 'head' would write values that are"));
+      CHECK(same_state(state_of(model), before));
+      CHECK_FALSE(adapter.is_merged());
+    }
+  }
+}
+
+TEST_CASE("large factors with a finite product are merged") {
+  // No bound proves them harmless: the result is looked at.
+  for (const bool for_good : {false, true}) {
+    seed(15);
+    nn::Linear linear(6, 4);
+    auto adapter = peft::attach(*linear, acting());
+    fill(lora(adapter).lora_A, 1e30);
+    fill(lora(adapter).lora_B, 1e-28);
+    const Tensor expected =
+        wide(peft::base(linear->weight)) + 2 * 2 * 1e30 * 1e-28;
+    merge(adapter, *linear, for_good);
+    CHECK(close(peft::base(linear->weight), expected));
+  }
+}
+
+TEST_CASE("what the bound calls safe stays finite next to the largest number") {
+  using peft::functional::lora_merge_;
+  using peft::functional::lora_merge_is_safe;
+  struct Row {
+    torch::ScalarType dtype;
+    double largest, safe, unsafe;
+  };
+  // Half the spacing at the largest number is 2^103, 2^970, 2^119 and 2^4.
+  for (const auto& row : std::vector<Row>{
+           {torch::kFloat,
+            std::numeric_limits<float>::max(),
+            std::ldexp(1., 102),
+            std::ldexp(1., 106)},
+           {torch::kDouble,
+            std::numeric_limits<double>::max(),
+            std::ldexp(1., 969),
+            std::ldexp(1., 973)},
+           {torch::kBFloat16,
+            static_cast<double>(std::numeric_limits<at::BFloat16>::max()),
+            std::ldexp(1., 102),
+            std::ldexp(1., 120)},
+           {torch::kHalf, 65504, 8, 16}}) {
+    INFO(row.dtype);
+    const auto dtype =
+        row.dtype == torch::kDouble ? torch::kDouble : torch::kFloat;
+    const Tensor W = torch::full({40, 24}, row.largest, torch::kDouble)
+                         .mul(torch::randint(2, {40, 24}).mul(2).sub(1))
+                         .to(row.dtype);
+    const Tensor before = W.clone();
+    const Tensor A = torch::ones({4, 24}, dtype);
+    const Tensor B = torch::full({40, 4}, row.safe / 4, torch::kDouble);
+    REQUIRE(at::isfinite(W).all().item<bool>());
+    CHECK(lora_merge_is_safe(W, A, B.to(dtype), 1.0));
+    lora_merge_(W, A, B.to(dtype), 1.0);
+    CHECK(equal_bits(W, before)); // less than half a step
+    // Where nothing is proved there is something to find.
+    const Tensor more = (B * (row.unsafe / row.safe)).to(dtype);
+    CHECK_FALSE(lora_merge_is_safe(W, A, more, 1.0));
+    CHECK_FALSE(lora_merge_is_safe(W, A, more.neg(), 1.0));
+    CHECK_FALSE(lora_merge_is_safe(W, A, B.to(dtype), -2.1));
+    const Tensor beyond = at::addmm(W.to(dtype), more, A).to(row.dtype);
+    CHECK_FALSE(at::isfinite(beyond).all().item<bool>());
+  }
+}
+
+TEST_CASE("a base with infinity and NaN of its own keeps them") {
+  for (const bool in_place : {true, false}) {
+    for (const bool for_good : {false, true}) {
+      INFO(in_place << for_good);
+      seed(16);
+      nn::Linear linear(6, 4);
+      {
+        torch::NoGradGuard no_grad;
+        linear->weight[1][2] = -INFINITY;
+        linear->weight[3][0] = NAN;
+      }
+      const Tensor W = wide(linear->weight);
+      auto adapter = peft::attach(*linear, acting());
+      auto& delta = lora(adapter);
+      if (!in_place) {
+        fill(delta.lora_A, 1e30);
+        fill(delta.lora_B, 1e-28);
+      }
+      const Tensor exact =
+          W + 2 * at::mm(wide(delta.lora_B), wide(delta.lora_A));
+      merge(adapter, *linear, for_good);
+      const Tensor merged = peft::base(linear->weight).detach();
+      CHECK(equal_bits(at::isfinite(merged), at::isfinite(W)));
+      CHECK(close(
+          at::nan_to_num(merged), at::nan_to_num(exact.to(torch::kFloat))));
+    }
+  }
+}
+
+TEST_CASE("a merge reaches every layout of memory, and tells who watches") {
+  seed(17);
+  struct Row {
+    std::string name;
+    std::function<Tensor(const Tensor&)> lay_out;
+  };
+  for (const auto& row : std::vector<Row>{
+           {"dense", [](const Tensor& t) { return t.clone(); }},
+           {"columns first",
+            [](const Tensor& t) {
+              return t.permute({3, 2, 1, 0}).contiguous().permute({3, 2, 1, 0});
+            }},
+           {"channels last",
+            [](const Tensor& t) {
+              return t.contiguous(at::MemoryFormat::ChannelsLast);
+            }},
+           {"every second entry", [](const Tensor& t) {
+              return at::stack({t, t}, 4).select(4, 1);
+            }}}) {
+    for (const bool for_good : {false, true}) {
+      INFO(row.name << for_good);
+      nn::Conv2d conv(nn::Conv2dOptions(3, 4, 2));
+      conv->weight.set_data(row.lay_out(conv->weight.detach()));
+      const auto strides = conv->weight.strides().vec();
+      auto adapter = peft::attach(*conv, acting(""));
+      const Tensor value = peft::effective(conv->weight).detach();
+      const auto version = conv->weight._version();
+      merge(adapter, *conv, for_good);
+      CHECK(close(peft::base(conv->weight).detach(), value));
+      CHECK(conv->weight.strides().vec() == strides);
+      CHECK(conv->weight._version() > version);
+    }
+  }
+}
+
+TEST_CASE("a model made in inference mode merges inside and outside of it") {
+  for (const bool made_inside : {false, true}) {
+    for (const bool merged_inside : {false, true}) {
+      for (const bool for_good : {false, true}) {
+        INFO(made_inside << merged_inside << for_good);
+        seed(18);
+        nn::Linear linear(nullptr);
+        {
+          c10::InferenceMode mode(made_inside);
+          linear = nn::Linear(6, 4);
+        }
+        auto adapter = peft::attach(*linear, acting());
+        const Tensor value = peft::effective(linear->weight).detach().clone();
+        {
+          c10::InferenceMode mode(merged_inside);
+          merge(adapter, *linear, for_good);
+        }
+        CHECK(close(peft::base(linear->weight).detach(), value));
+        if (!for_good) {
+          c10::InferenceMode mode(merged_inside);
+          adapter.unmerge();
+        }
+        CHECK(close(peft::effective(linear->weight).detach(), value));
+      }
+    }
+  }
 }
