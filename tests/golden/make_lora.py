@@ -717,7 +717,6 @@ NEGATIVE = {
     "rank_zero": (MLP, change_config(r=0), ["r ", "positive|at least 1", "0"]),
     "rank_is_text": (MLP, change_config(r="eight"), ["adapter_config.json", "r"]),
     "unknown_bias": (MLP, change_config(bias="some"), ["bias", "some"]),
-    "dora": (dict(MLP, use_dora=True), None, ["dora"]),
     "trainable_tokens": (
         MLP,
         change_config(trainable_token_indices=[1, 2]),

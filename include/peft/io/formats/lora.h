@@ -9,6 +9,8 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <optional>
+#include <regex>
 #include <string>
 #include <utility>
 #include <variant>
@@ -18,11 +20,22 @@ namespace peft {
 
 namespace detail {
 
+/// How LoRA or DoRA lies at a site; none for other deltas (biases, heads).
+inline std::optional<LoraLayout> lora_layout(const SiteRecord& site) {
+  if (const auto* lora = dynamic_cast<const LoraDelta*>(site.delta.get())) {
+    return lora->config().layout;
+  }
+  if (const auto* dora = dynamic_cast<const DoraDelta*>(site.delta.get())) {
+    return dora->config().layout;
+  }
+  return std::nullopt;
+}
+
 /// The modules that carry LoRA, by the names that HF would target.
 inline std::vector<std::string> lora_modules(const AdapterState& adapter) {
   std::vector<std::string> result;
   for (const auto& site : adapter.sites) {
-    if (std::dynamic_pointer_cast<LoraDelta>(site.delta) == nullptr) {
+    if (!lora_layout(site)) {
       continue;
     }
     const std::string infix = ".base_layer.out_proj";
@@ -61,17 +74,9 @@ class LoraFormat final : public AdapterFormat {
   /// Fields of HF's LoraConfig that change the function and that libpeft does
   /// not have: set, they are refused.
   static void refuse_unsupported(const AdapterConfig& config) {
-    for (const char* field : {"use_dora", "use_qalora"}) {
-      TORCH_CHECK(
-          !config.get<bool>(field, false),
-          "peft: ",
-          field,
-          " is set in ",
-          kConfigFile,
-          "; this version of libpeft does not have it");
-    }
     for (const char* field :
-         {"layer_replication",
+         {"use_qalora",
+          "layer_replication",
           "target_parameters",
           "trainable_token_indices",
           "alora_invocation_tokens",
@@ -129,6 +134,7 @@ class LoraFormat final : public AdapterFormat {
               : std::get<std::vector<std::string>>(pattern));
     }
     o.rslora(config.get<bool>("use_rslora", false));
+    o.dora(config.get<bool>("use_dora", false));
     o.bias(config.get<std::string>("bias", "none"));
     o.lora_bias(config.get<bool>("lora_bias", false));
     o.fan_in_fan_out(config.get<bool>("fan_in_fan_out", false));
@@ -192,6 +198,7 @@ class LoraFormat final : public AdapterFormat {
       config.set("layers_pattern", o.layers_pattern());
     }
     config.set("use_rslora", o.rslora());
+    config.set("use_dora", o.dora());
     config.set("bias", o.bias());
     config.set("lora_bias", o.lora_bias());
     config.set("fan_in_fan_out", o.fan_in_fan_out() || is_transposed(adapter));
@@ -211,9 +218,7 @@ class LoraFormat final : public AdapterFormat {
   static bool is_transposed(const AdapterState& adapter) {
     return std::any_of(
         adapter.sites.begin(), adapter.sites.end(), [](const auto& site) {
-          const auto* delta = dynamic_cast<const LoraDelta*>(site.delta.get());
-          return delta != nullptr &&
-              delta->config().layout == LoraLayout::transposed;
+          return lora_layout(site) == LoraLayout::transposed;
         });
   }
 
@@ -250,6 +255,21 @@ class LoraFormat final : public AdapterFormat {
     auto tensors = AdapterFormat::pack(adapter);
     complete_attention(adapter, tensors);
     return tensors;
+  }
+
+  /// Older files name DoRA's magnitude as the module has it in memory,
+  /// "lora_magnitude_vector.default.weight".
+  NamedTensorMap unpack(const NamedTensorMap& file, const Plan& plan)
+      const override {
+    static const std::regex long_name(
+        "(.*lora_magnitude_vector)(\\.[^.]+)?(\\.weight)?");
+    NamedTensorMap renamed;
+    for (const auto& [key, value] : file) {
+      std::smatch match;
+      const bool magnitude = std::regex_match(key, match, long_name);
+      renamed[magnitude ? match[1].str() : key] = value;
+    }
+    return AdapterFormat::unpack(renamed, plan);
   }
 
  private:

@@ -42,6 +42,9 @@ struct LoraOptions {
   TORCH_ARG(std::vector<std::string>, layers_pattern);
   /// HF's use_rslora.
   TORCH_ARG(bool, rslora) = false;
+  /// HF's use_dora: a trained magnitude for each output beside the direction
+  /// W + s · B A (methods/lora/dora.h).
+  TORCH_ARG(bool, dora) = false;
   /// How A and B start: "gaussian" (A ~ N(0, 1/r²), B = 0), "kaiming" (HF's
   /// default: A uniform in ±1/√in, B = 0), or "random" (HF's
   /// init_lora_weights=false: B is not zero, so the adapter acts at once).
@@ -116,6 +119,11 @@ inline void check(const LoraOptions& options) {
       options.enable_lora().empty() || options.enable_lora().size() == 3,
       "peft: enable_lora names q, k and v: three values, got ",
       options.enable_lora().size());
+  TORCH_CHECK_VALUE(
+      !options.dora() ||
+          (!options.lora_bias() && options.enable_lora().empty()),
+      "peft: dora goes with neither lora_bias nor enable_lora (HF PEFT refuses "
+      "them too); switch one of the two off");
 }
 
 /// HF's rule: `name` is, or ends with ".", and the pattern.

@@ -2,6 +2,7 @@
 
 #include <peft/core/attach.h>
 #include <peft/methods/lora/delta.h>
+#include <peft/methods/lora/dora.h>
 #include <peft/methods/modules_to_save.h>
 
 #include <algorithm>
@@ -314,17 +315,23 @@ class LoraPlanner {
     if (!layer.parent_attention.empty()) {
       prefix = layer.parent_attention + ".base_layer.out_proj"; // HF's infix
     }
-    auto delta = make_lora_delta(
-        options_,
-        weight,
-        layout,
-        lora_scale(options_, pattern_name),
-        path,
-        groups,
-        enabled);
+    const LoraScale scale = lora_scale(options_, pattern_name);
+    std::shared_ptr<Delta> delta;
+    if (options_.dora()) {
+      TORCH_CHECK(
+          layer.kind != LayerKind::attention && layer.parent_attention.empty(),
+          "peft: DoRA does not adapt the projections of a "
+          "torch::nn::MultiheadAttention, here '",
+          path,
+          "' (neither does HF PEFT); name linear layers, or switch dora off");
+      delta = make_dora_delta(options_, weight, layout, scale, path, groups);
+    } else {
+      delta = make_lora_delta(
+          options_, weight, layout, scale, path, groups, enabled);
+    }
     sites_.push_back({module, path, prefix, weight, std::move(delta)});
     if (options_.lora_bias()) {
-      plan_lora_bias(layer, key, prefix, lora_scale(options_, pattern_name));
+      plan_lora_bias(layer, key, prefix, scale);
     }
     adapted_.push_back(&layer);
     pattern_names_.push_back(pattern_name);
