@@ -135,6 +135,21 @@ struct Site {
     return false;
   }
 
+  /// Whether the base that `tensor` reads holds the adapter already.
+  bool is_merged_into(const AdapterState& adapter, const Tensor& tensor) const {
+    return adapter.merged.load(std::memory_order_relaxed) &&
+        holds_storage_of(tensor);
+  }
+
+  [[noreturn]] static void refuse_left_out(const AdapterState& adapter) {
+    TORCH_CHECK(
+        false,
+        "peft: adapter '",
+        adapter.name,
+        "' is merged into the base and cannot be left out of this call; "
+        "call unmerge() first");
+  }
+
   bool has_output() const {
     for (const auto& entry : entries) {
       if (entry.delta->transforms_output()) {
@@ -159,6 +174,22 @@ struct Site {
   }
 
  private:
+  /// A mixed batch asks, row by row, through participants() (core/
+  /// adapted_weight/batch.h); who asks here has one answer for all rows.
+  [[noreturn]] void refuse_some_rows(const AdapterState& adapter) const {
+    TORCH_CHECK(
+        false,
+        "peft: BatchAdapters gives adapter '",
+        adapter.name,
+        "' to some rows of the batch only, and ",
+        tensors.empty()
+            ? "it acts in the network's forward (a prompt, a prefix, the loop "
+              "over layers), which all rows share"
+            : "an operator that does not tell the rows apart reads its weight",
+        "; run each adapter's rows as a batch of their own, under "
+        "ActiveAdapters");
+  }
+
   ActiveEntries select(const Tensor& tensor, bool outputs) const {
     ActiveEntries result;
     const ActiveInfo* chosen = active_info();
@@ -170,17 +201,16 @@ struct Site {
       const bool wanted = chosen == nullptr
           ? adapter.enabled.load(std::memory_order_relaxed)
           : chosen->contains(adapter.name);
-      if (adapter.merged.load(std::memory_order_relaxed) &&
-          holds_storage_of(tensor)) {
-        TORCH_CHECK(
-            wanted,
-            "peft: adapter '",
-            adapter.name,
-            "' is merged into the base and cannot be left out of this call; "
-            "call unmerge() first");
+      if (is_merged_into(adapter, tensor)) {
+        if (!wanted || (chosen != nullptr && chosen->rows)) {
+          refuse_left_out(adapter);
+        }
         continue;
       }
       if (wanted && entry.delta->transforms_output() == outputs) {
+        if (chosen != nullptr && chosen->rows) {
+          refuse_some_rows(adapter);
+        }
         result.push_back(
             {entry.delta.get(), adapter.scale.load(std::memory_order_relaxed)});
       }

@@ -321,7 +321,8 @@ inline void fallback(
     for_each_tensor(value, [&](const Tensor& t) {
       auto* meta = tag_of(t);
       if (meta != nullptr && meta->site->has_output() &&
-          !meta->site->active_outputs(root_of(t, *meta)).empty()) {
+          !participants(*meta->site, root_of(t, *meta), /*outputs=*/true)
+               .empty()) {
         output_at = t;
       }
     });

@@ -6,6 +6,7 @@
 
 #include <peft/core/adapted_weight/values.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -29,36 +30,215 @@ inline Tensor run_base(const ConvolutionCall& call) {
   return functional::convolution(call.x, call.weight, call.bias, call.args);
 }
 
+inline const Tensor& input_of(const LinearCall& call) {
+  return call.x;
+}
+inline const Tensor& input_of(const EmbeddingCall& call) {
+  return call.indices;
+}
+inline const Tensor& input_of(const ConvolutionCall& call) {
+  return call.x;
+}
+
+/// How many dimensions of the input, at its end, are no batch.
+inline int64_t features_of(const LinearCall& /*call*/) {
+  return 1;
+}
+inline int64_t features_of(const EmbeddingCall& /*call*/) {
+  return 0;
+}
+inline int64_t features_of(const ConvolutionCall& call) {
+  return call.weight.dim() - 1;
+}
+
+inline LinearCall with_input(const LinearCall& c, const Tensor& x) {
+  return {x, c.weight, c.bias, c.rows, c.transposed, c.packed};
+}
+inline EmbeddingCall with_input(const EmbeddingCall& c, const Tensor& indices) {
+  return {c.weight, indices, c.padding_idx, c.scale_grad_by_freq};
+}
+inline ConvolutionCall with_input(const ConvolutionCall& c, const Tensor& x) {
+  return {x, c.weight, c.bias, c.args};
+}
+
+inline bool is_same(
+    const std::optional<Tensor>& a,
+    const std::optional<Tensor>& b) {
+  return a.has_value() == b.has_value() && (!a || a->is_same(*b));
+}
+/// Whether a delta hands on the call that it was given.
+template <class Call>
+bool is_same_call(const Call& a, const Call& b) {
+  return input_of(a).is_same(input_of(b)) && a.weight.is_same(b.weight) &&
+      is_same(a.bias, b.bias);
+}
+inline bool is_same_call(const EmbeddingCall& a, const EmbeddingCall& b) {
+  return a.indices.is_same(b.indices) && a.weight.is_same(b.weight);
+}
+
+/// Whether the rows of `t` can be handed on as addresses.
+inline bool has_plain_rows(const Tensor& t) {
+  return t.has_storage() && t.is_contiguous() &&
+      !t._fw_grad(/*level=*/0).defined();
+}
+
+/// Without gradients: lets single deltas that can add to their rows of y in
+/// place, and marks their groups as done. Rows that stand together are one
+/// call, and nothing is copied.
+inline void add_in_place(
+    const Participants& active,
+    const RowSplit& split,
+    const LinearCall& call,
+    const Tensor& y,
+    std::vector<char>& done) {
+  const int64_t each = split.rows_a_name(call.x);
+  if (at::GradMode::is_enabled() || each == 0 || !has_plain_rows(call.x) ||
+      !has_plain_rows(y)) {
+    return;
+  }
+  RowWindow from(call.x), to(y);
+  std::vector<char> refused(active.groups.size(), 0);
+  for (const auto& run : active.rows->runs) {
+    const auto& group = active.groups[run.group];
+    if (group.size() != 1 || refused[run.group]) {
+      continue;
+    }
+    const auto begin = run.begin * each, end = run.end * each;
+    const bool added = group[0].delta->add_rows(
+        with_input(call, from.at_rows(begin, end)),
+        to.at_rows(begin, end),
+        group[0].scale);
+    TORCH_INTERNAL_ASSERT(added || !done[run.group]);
+    done[run.group] = added;
+    refused[run.group] = !added;
+  }
+}
+template <class Call>
+void add_in_place(
+    const Participants& /*active*/,
+    const RowSplit& /*split*/,
+    const Call& /*call*/,
+    const Tensor& /*y*/,
+    std::vector<char>& /*done*/) {}
+
 /// How a delta takes part in a call of some kind.
 template <class Call>
 using FastPath =
     Tensor (Delta::*)(const Call&, const Below<Call>&, double) const;
 
-/// The lowest `level` deltas around the base operator, the last one outermost.
-template <class Call>
+/// The lowest `level` deltas around `base`, the last one outermost; `is_base`
+/// where that is the bare operator.
+template <class Call, class Base>
 Tensor run_fast(
     const ActiveEntries& active,
     size_t level,
     FastPath<Call> path,
-    const Call& call) {
+    const Call& call,
+    const Base& base,
+    bool is_base) {
   if (level == 0) {
-    return run_base(call);
+    return base(call);
   }
   auto next = [&](const Call& c) {
-    return run_fast(active, level - 1, path, c);
+    return run_fast(active, level - 1, path, c, base, is_base);
   };
   const auto& entry = active[level - 1];
-  return (entry.delta->*path)(call, {next, level == 1}, entry.scale);
+  return (entry.delta->*path)(call, {next, is_base && level == 1}, entry.scale);
 }
 
-template <class Capability>
-bool all_have(const ActiveEntries& active, Capability capability) {
-  for (const auto& entry : active) {
-    if (!(entry.delta->*capability)()) {
-      return false;
-    }
+/// The base operator once on the whole batch, then each group's deltas on its
+/// rows; a delta that changes the input has the base run again on these.
+template <class Call>
+Tensor
+run_groups(const Participants& active, FastPath<Call> path, const Call& call) {
+  const RowSplit split(*active.rows, input_of(call), features_of(call));
+  Tensor y = run_base(call);
+  std::vector<char> done;
+  for (const auto& group : active.groups) {
+    done.push_back(group.empty());
   }
-  return !active.empty();
+  add_in_place(active, split, call, y, done);
+  if (std::find(done.begin(), done.end(), false) == done.end()) {
+    return y;
+  }
+  const auto inputs = split.split(input_of(call));
+  auto results = split.split(y);
+  for (size_t g = 0; g < results.size(); ++g) {
+    if (done[g]) {
+      continue;
+    }
+    const GroupScope scope(active.rows->groups[g]);
+    const Call own = with_input(call, inputs[g]);
+    const auto computed = [&](const Call& c) {
+      return is_same_call(c, own) ? results[g] : run_base(c);
+    };
+    const auto& group = active.groups[g];
+    results[g] =
+        run_fast(group, group.size(), path, own, computed, /*is_base=*/false);
+  }
+  return split.join(std::move(results));
+}
+
+template <class Call>
+Tensor
+run_fast(const Participants& active, FastPath<Call> path, const Call& call) {
+  return active.rows != nullptr ? run_groups(active, path, call)
+                                : run_fast(
+                                      active.everywhere,
+                                      active.everywhere.size(),
+                                      path,
+                                      call,
+                                      [](const Call& c) { return run_base(c); },
+                                      /*is_base=*/true);
+}
+
+/// An operator on `x` that takes the value of `w`, which in a mixed batch each
+/// group has its own of.
+template <class Run>
+Tensor run_with_value(
+    const Tensor& x,
+    const Tensor& w,
+    int64_t features,
+    const Run& run) {
+  const auto* meta = tag_of(w);
+  const RowGroups* rows = meta == nullptr ? nullptr : mixed_rows();
+  return rows == nullptr || participants(*meta->site, root_of(w, *meta)).empty()
+      ? run(x)
+      : by_group(*rows, x, features, run);
+}
+
+/// Whether a delta of any kind takes part here.
+inline bool acts_at(const std::optional<Tensor>& t) {
+  const auto* meta = t ? tag_of(*t) : nullptr;
+  if (meta == nullptr) {
+    return false;
+  }
+  const Tensor& root = root_of(*t, *meta);
+  return !participants(*meta->site, root).empty() ||
+      !participants(*meta->site, root, /*outputs=*/true).empty();
+}
+
+/// Whether rows of a mixed batch differ in the value of this vector.
+inline bool differs_by_row(const Tensor& t) {
+  const auto* meta = tag_of(t);
+  return meta != nullptr && mixed_rows() != nullptr && t.dim() == 1 &&
+      !participants(*meta->site, root_of(t, *meta)).empty();
+}
+inline bool differs_by_row(const std::optional<Tensor>& t) {
+  return t && differs_by_row(*t);
+}
+
+/// The values of such a vector, to be added to `y` with the channels in
+/// dimension `channel`.
+inline Tensor values_by_row(const Tensor& t, const Tensor& y, int64_t channel) {
+  const RowGroups& rows = *mixed_rows();
+  std::vector<Tensor> values;
+  for (const auto& group : rows.groups) {
+    const GroupScope scope(group);
+    values.push_back(plain(t));
+  }
+  return RowSplit(rows, y, y.dim() - channel)
+      .spread(at::stack(values), y.dim(), channel);
 }
 
 /// y = x Mᵀ + b with M = w, or M = wᵀ where the operator multiplies by w as it
@@ -74,9 +254,9 @@ inline Tensor fast_linear(
     return {};
   }
   const std::shared_ptr<Site> site = meta->site;
-  const ActiveEntries active = site->active(root_of(w, *meta));
+  const Participants active = participants(*site, root_of(w, *meta));
   const bool packed = site->packed && site->packed->is_of(w);
-  if (active.empty() ? !packed : !all_have(active, &Delta::has_linear)) {
+  if (active.empty() ? !packed : !active.all_have(&Delta::has_linear)) {
     return {};
   }
   // Without gradients nothing is saved, and the tensor itself will do.
@@ -91,7 +271,7 @@ inline Tensor fast_linear(
       meta->rows,
       multiplies_by_w != meta->transposed,
       packed ? site->packed : nullptr};
-  Tensor y = run_fast(active, active.size(), &Delta::linear, call);
+  Tensor y = run_fast(active, &Delta::linear, call);
   refuse_optimised_torchscript(y);
   return guard_merged(std::move(y), *site);
 }
@@ -116,38 +296,63 @@ inline Tensor operand(const Tensor& t) {
   return value_of(t, *meta);
 }
 
+/// An operator with a bias, `run(input, bias)`; where rows of a mixed batch
+/// differ in the bias, it is added afterwards. `channel` is its dimension in
+/// the result, counted from the end where negative.
+template <class Run>
+Tensor run_with_bias(
+    const Tensor& input,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    int64_t channel,
+    const Run& run) {
+  if (!differs_by_row(bias)) {
+    return apply_outputs(w, bias, run(input, plain(bias)));
+  }
+  Tensor y = run(input, std::nullopt);
+  const Tensor values =
+      values_by_row(*bias, y, channel < 0 ? y.dim() + channel : channel);
+  y = y + values.to(y.scalar_type());
+  return apply_outputs(w, bias, std::move(y));
+}
+
 inline Tensor linear_kernel(
     const Tensor& x,
     const Tensor& w,
     const std::optional<Tensor>& bias) {
   NoTagGuard guard(kAdaptedKey);
-  const Tensor input = plain(x);
-  const auto b = plain(bias);
-  Tensor y = fast_linear(input, w, b, /*multiplies_by_w=*/false);
-  if (!y.defined()) {
-    y = guard_result(at::linear(input, operand(w), b), w);
-  }
-  return apply_outputs(w, bias, std::move(y));
+  const auto run = [&](const Tensor& input, const std::optional<Tensor>& b) {
+    Tensor y = fast_linear(input, w, b, /*multiplies_by_w=*/false);
+    return y.defined()
+        ? y
+        : run_with_value(input, w, /*features=*/1, [&](const Tensor& rows) {
+            return guard_result(at::linear(rows, operand(w), b), w);
+          });
+  };
+  return run_with_bias(plain(x), w, bias, -1, run);
+}
+
+/// x w: of matrices, mm, or of any dimensions, matmul.
+inline Tensor
+adapted_product(const Tensor& input, const Tensor& w, bool is_mm) {
+  Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
+  return y.defined()
+      ? y
+      : run_with_value(input, w, /*features=*/1, [&](const Tensor& rows) {
+          return guard_result(
+              is_mm ? at::mm(rows, operand(w)) : at::matmul(rows, operand(w)),
+              w);
+        });
 }
 
 inline Tensor matmul_kernel(const Tensor& x, const Tensor& w) {
   NoTagGuard guard(kAdaptedKey);
-  const Tensor input = plain(x);
-  Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
-  if (!y.defined()) {
-    y = guard_result(at::matmul(input, operand(w)), w);
-  }
-  return apply_outputs(w, std::move(y));
+  return apply_outputs(w, adapted_product(plain(x), w, /*is_mm=*/false));
 }
 
 inline Tensor mm_kernel(const Tensor& x, const Tensor& w) {
   NoTagGuard guard(kAdaptedKey);
-  const Tensor input = plain(x);
-  Tensor y = fast_linear(input, w, std::nullopt, /*multiplies_by_w=*/true);
-  if (!y.defined()) {
-    y = guard_result(at::mm(input, operand(w)), w);
-  }
-  return apply_outputs(w, std::move(y));
+  return apply_outputs(w, adapted_product(plain(x), w, /*is_mm=*/true));
 }
 
 inline Tensor addmm_kernel(
@@ -158,16 +363,23 @@ inline Tensor addmm_kernel(
     const at::Scalar& alpha) {
   NoTagGuard guard(kAdaptedKey);
   const Tensor input = plain(x);
-  const Tensor b = plain(bias);
-  Tensor y;
-  if (b.dim() == 1 && beta.toComplexDouble() == 1. &&
-      alpha.toComplexDouble() == 1.) {
-    y = fast_linear(input, w, b, /*multiplies_by_w=*/true);
+  if (bias.dim() != 1 || beta.toComplexDouble() != 1. ||
+      alpha.toComplexDouble() != 1.) {
+    Tensor y = at::addmm(plain(bias), input, operand(w), beta, alpha);
+    return apply_outputs(w, bias, guard_result(std::move(y), w));
   }
-  if (!y.defined()) {
-    y = guard_result(at::addmm(b, input, operand(w), beta, alpha), w);
-  }
-  return apply_outputs(w, bias, std::move(y));
+  const auto run = [&](const Tensor& rows, const std::optional<Tensor>& b) {
+    if (!b) {
+      return adapted_product(rows, w, /*is_mm=*/true);
+    }
+    Tensor y = fast_linear(rows, w, b, /*multiplies_by_w=*/true);
+    return y.defined()
+        ? y
+        : run_with_value(rows, w, /*features=*/1, [&](const Tensor& own) {
+            return guard_result(at::addmm(*b, own, operand(w)), w);
+          });
+  };
+  return run_with_bias(input, w, bias, -1, run);
 }
 
 inline Tensor&
@@ -185,10 +397,14 @@ add__kernel(Tensor& self, const Tensor& other, const at::Scalar& alpha) {
                                                    : plain(other),
         alpha);
   }
-  if (!meta->site->active_outputs(root_of(other, *meta)).empty()) {
-    return self.copy_(apply_outputs(other, at::add(self, plain(other), alpha)));
+  const Tensor value = differs_by_row(other)
+      ? values_by_row(other, self, self.dim() - 1)
+      : plain(other);
+  if (!participants(*meta->site, root_of(other, *meta), /*outputs=*/true)
+           .empty()) {
+    return self.copy_(apply_outputs(other, at::add(self, value, alpha)));
   }
-  return self.add_(plain(other), alpha);
+  return self.add_(value, alpha);
 }
 
 inline Tensor embedding_kernel(
@@ -201,23 +417,27 @@ inline Tensor embedding_kernel(
   NoTagGuard guard(kAdaptedKey);
   if (meta != nullptr && meta->matrix && !meta->cut && !meta->transposed) {
     const std::shared_ptr<Site> site = meta->site;
-    const ActiveEntries active = site->active(root_of(w, *meta));
+    const Participants active = participants(*site, root_of(w, *meta));
     // Sliced tables count their rows from elsewhere: they take the value.
-    if (!meta->view && all_have(active, &Delta::has_embedding) &&
+    if (!meta->view && active.all_have(&Delta::has_embedding) &&
         !w.requires_grad()) {
       EmbeddingCall call{
           base_of(w), plain(indices), padding_idx, scale_grad_by_freq};
-      Tensor y = run_fast(active, active.size(), &Delta::embedding, call);
+      Tensor y = run_fast(active, &Delta::embedding, call);
       refuse_optimised_torchscript(y);
       return apply_outputs(w, guard_merged(std::move(y), *site));
     }
   }
-  const Tensor table = operand(w);
-  // A dense function of the adapter has no sparse gradient to give.
-  const bool can_be_sparse = sparse && (meta == nullptr || table.is_leaf());
-  Tensor y = at::embedding(
-      table, plain(indices), padding_idx, scale_grad_by_freq, can_be_sparse);
-  return apply_outputs(w, guard_result(std::move(y), w));
+  const auto look_up = [&](const Tensor& rows) {
+    const Tensor table = operand(w);
+    // A dense function of the adapter has no sparse gradient to give.
+    const bool can_be_sparse = sparse && (meta == nullptr || table.is_leaf());
+    Tensor y = at::embedding(
+        table, rows, padding_idx, scale_grad_by_freq, can_be_sparse);
+    return guard_result(std::move(y), w);
+  };
+  return apply_outputs(
+      w, run_with_value(plain(indices), w, /*features=*/0, look_up));
 }
 
 [[noreturn]] inline Tensor& embedding_renorm__kernel(
@@ -240,27 +460,27 @@ inline Tensor adapted_convolution(
     const functional::ConvolutionArgs& args) {
   auto* meta = tag_of(w);
   NoTagGuard guard(kAdaptedKey);
-  const Tensor input = plain(x);
-  const auto b = plain(bias);
-  Tensor y;
-  if (meta != nullptr && meta->matrix && !meta->cut && !meta->view) {
-    const std::shared_ptr<Site> site = meta->site;
-    const ActiveEntries active = site->active(w);
-    if (all_have(active, &Delta::has_convolution)) {
-      const Tensor kernel = at::GradMode::is_enabled() ? base_of(w) : w;
-      y = run_fast(
-          active,
-          active.size(),
-          &Delta::convolution,
-          ConvolutionCall{input, kernel, b, args});
-      refuse_optimised_torchscript(y);
-      y = guard_merged(std::move(y), *site);
+  const BatchInFront in_front;
+  const auto run = [&](const Tensor& input, const std::optional<Tensor>& b) {
+    if (meta != nullptr && meta->matrix && !meta->cut && !meta->view) {
+      const std::shared_ptr<Site> site = meta->site;
+      const Participants active = participants(*site, w);
+      if (active.all_have(&Delta::has_convolution)) {
+        const Tensor kernel = at::GradMode::is_enabled() ? base_of(w) : w;
+        Tensor y = run_fast(
+            active,
+            &Delta::convolution,
+            ConvolutionCall{input, kernel, b, args});
+        refuse_optimised_torchscript(y);
+        return guard_merged(std::move(y), *site);
+      }
     }
-  }
-  if (!y.defined()) {
-    y = guard_result(functional::convolution(input, operand(w), b, args), w);
-  }
-  return apply_outputs(w, bias, std::move(y));
+    return run_with_value(input, w, w.dim() - 1, [&](const Tensor& rows) {
+      return guard_result(
+          functional::convolution(rows, operand(w), b, args), w);
+    });
+  };
+  return run_with_bias(plain(x), w, bias, /*channel=*/1, run);
 }
 
 /// conv1d, conv2d and conv3d differ only in the rank of their weight.
@@ -336,6 +556,13 @@ inline Tensor layer_norm_kernel(
     const std::optional<Tensor>& bias,
     double eps,
     bool cudnn_enable) {
+  const RowGroups* rows = mixed_rows();
+  if (rows != nullptr && (acts_at(w) || acts_at(bias))) {
+    const auto features = static_cast<int64_t>(shape.size());
+    return by_group(*rows, plain(x), features, [&](const Tensor& own) {
+      return layer_norm_kernel(own, shape, w, bias, eps, cudnn_enable);
+    });
+  }
   ActiveEntries around;
   std::vector<std::shared_ptr<Site>> held;
   for (const auto* t : {&w, &bias}) {

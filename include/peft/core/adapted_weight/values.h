@@ -3,6 +3,7 @@
 // What a tagged tensor is worth: the base with the active deltas applied, as a
 // plain tensor.
 
+#include <peft/core/adapted_weight/batch.h>
 #include <peft/core/adapted_weight/tag.h>
 #include <peft/core/merged_barrier.h>
 
@@ -141,7 +142,8 @@ inline Tensor apply_outputs(const Tensor& t, Tensor y) {
     return y;
   }
   const std::shared_ptr<Site> site = meta->site;
-  const ActiveEntries active = site->active_outputs(root_of(t, *meta));
+  const Participants active =
+      participants(*site, root_of(t, *meta), /*outputs=*/true);
   if (active.empty()) {
     return y;
   }
@@ -156,10 +158,13 @@ inline Tensor apply_outputs(const Tensor& t, Tensor y) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   c10::impl::ForceDispatchKeyGuard guard(
       tls.included_, tls.excluded_.remove(kAdaptedKey));
-  for (const auto& entry : active) {
-    y = entry.delta->output(y, entry.scale);
-  }
-  return y;
+  return for_each_group(
+      active, y, [](const ActiveEntries& entries, Tensor result) {
+        for (const auto& entry : entries) {
+          result = entry.delta->output(result, entry.scale);
+        }
+        return result;
+      });
 }
 
 /// The same for a layer with this weight and, maybe, bias.

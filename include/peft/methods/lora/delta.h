@@ -3,6 +3,7 @@
 #include <peft/core/delta.h>
 #include <peft/functional/lora.h>
 #include <peft/functional/lora_merge.h>
+#include <peft/functional/lora_rows.h>
 #include <peft/methods/lora/options.h>
 
 #include <torch/nn/init.h>
@@ -142,6 +143,21 @@ class LoraDelta final : public Delta {
     return (y +
             functional::lora_linear_term(call.x, down, up, s, dropout_now()))
         .to(y.scalar_type());
+  }
+
+  bool add_rows(const LinearCall& call, const Tensor& y, double scale)
+      const override {
+    const bool whole = call.rows.begin == 0 &&
+        call.rows.end == (call.transposed ? lora_A.size(1) : lora_B.size(0));
+    const bool direct = call.transposed ? config_.layout == Layout::transposed
+                                        : config_.layout == Layout::matrix;
+    if (!whole || !direct || dropout_now() > 0.0 ||
+        !functional::can_add_lora_rows(call.x, lora_A, lora_B, y)) {
+      return false;
+    }
+    functional::add_lora_rows(
+        call.x, lora_A, lora_B, transposed_B_, y, scale * config_.scaling);
+    return true;
   }
 
   bool has_embedding() const override {
@@ -333,6 +349,7 @@ class LoraDelta final : public Delta {
 
   Config config_;
   std::string obstacle_;
+  functional::TransposedCache transposed_B_;
 };
 
 namespace detail {
