@@ -4,6 +4,7 @@
 /// the same module and parameter names.
 
 #include <peft/models/bert.h>
+#include <peft/models/gpt2.h>
 #include <torch/torch.h>
 
 #include <functional>
@@ -183,6 +184,18 @@ struct Attention : torch::nn::Module {
   torch::nn::Linear head{register_module("head", torch::nn::Linear(8, 3))};
 };
 
+/// GPT-2's feed-forward block: Conv1D keeps its weight as [in, out].
+struct Gpt2Mlp : torch::nn::Module {
+  peft::models::Conv1D c_fc{
+      register_module("c_fc", peft::models::Conv1D(6, 12))};
+  peft::models::Conv1D c_proj{
+      register_module("c_proj", peft::models::Conv1D(12, 5))};
+
+  Tensor forward(const Tensor& x) {
+    return c_proj(torch::tanh(c_fc(x)));
+  }
+};
+
 /// The last hidden states plus the pooled output, so that every weight counts.
 struct Bert : peft::models::BertModelImpl {
   Bert()
@@ -249,6 +262,8 @@ inline Network build(const std::string& name) {
     network = make<Attention>(false);
   } else if (name == "attention_batch_first") {
     network = make<Attention>(true);
+  } else if (name == "gpt2_mlp") {
+    network = make<Gpt2Mlp>();
   } else if (name == "bert") {
     auto bert = std::make_shared<Bert>();
     network = {bert, [bert](const Tensors& inputs) {

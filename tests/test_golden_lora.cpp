@@ -533,6 +533,13 @@ TEST_CASE("adapters of every layer kind are written for HF PEFT to read") {
   write("linear", "mlp", lora(8, {"fc1", "fc2"}));
   write("rslora", "mlp", lora(8, {"fc1", "fc2"}).rslora(true));
   write("dropout", "mlp", lora(8, {"fc1", "fc2"}).dropout(0.1));
+  write("dora", "mlp", lora(8, {"fc1", "fc2"}).dora(true));
+  write("dora_gpt2", "dora_gpt2", lora(4, {"c_fc", "c_proj"}).dora(true));
+  write("dora_embedding", "embedding", lora(4, {"emb", "fc"}).dora(true));
+  write(
+      "dora_conv2d",
+      "conv2d",
+      lora(4, {"conv1", "conv2", "conv3"}).rslora(true).dora(true));
   write(
       "patterns",
       "patterns",

@@ -441,7 +441,8 @@ def effective_parameters(network, base, config, adapter):
             if embedding:
                 delta = (b @ a).T
             elif a.dim() == 2:
-                delta = b @ a
+                conv1d = type(modules[module]).__name__ == "Conv1D"  # GPT-2's, [in, out]
+                delta = (b @ a).T if conv1d else b @ a
             else:
                 delta = torch.einsum("or,ri...->oi...", b.flatten(1), a)
             attention = isinstance(modules[module], nn.MultiheadAttention)

@@ -162,6 +162,20 @@ class Attention(nn.Module):
         return self.head(self.attn(x, x, x)[0])
 
 
+class Gpt2Mlp(nn.Module):
+    """GPT-2's feed-forward block: Conv1D keeps its weight as [in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.c_fc = Conv1D(12, 6)
+        self.c_proj = Conv1D(5, 12)
+
+    def forward(self, x):
+        return self.c_proj(torch.tanh(self.c_fc(x)))
+
+
 def bert():
     from transformers import BertConfig, BertModel
 
@@ -193,6 +207,7 @@ NETWORKS = {
     "conv3d": ConvNet3d,
     "attention": lambda: Attention(batch_first=False),
     "attention_batch_first": lambda: Attention(batch_first=True),
+    "gpt2_mlp": Gpt2Mlp,
     "bert": bert,
 }
 
@@ -240,6 +255,8 @@ def inputs(name, seed):
         return [normal(5, 10)]
     if name == "stack":
         return [normal(2, 3, 8)]
+    if name == "gpt2_mlp":
+        return [normal(2, 3, 6)]
     if name in ("tokens", "tokens_padded", "tied", "causal_tokens"):
         return [torch.randint(0, 11, (3, 4), generator=generator)]
     if name == "bert":
