@@ -130,6 +130,9 @@ std::vector<Method> every_method() {
     methods.push_back(std::move(m));
   };
   add(method("LoRA", peft::LoraOptions(2).alpha(4), all), true, true);
+  add(method("DoRA", peft::LoraOptions(2).alpha(4).dora(true), all),
+      true,
+      false);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);
