@@ -384,6 +384,12 @@ inline void fallback(
           return base_of(t); // w.mul_(w) must not write the delta into w
         }
       }
+      if ((name == "aten::mul" || name == "aten::add") && differs_by_row(t)) {
+        const Tensor& other = (*stack)[first + 1 - i].toTensor();
+        if (other.dim() > 1) {
+          return values_by_row(t, other, other.dim() - 1);
+        }
+      }
       return reads_metadata(name) ? base_of(t) : plain(t);
     });
   }

@@ -218,29 +218,6 @@ inline bool acts_at(const std::optional<Tensor>& t) {
       !participants(*meta->site, root, /*outputs=*/true).empty();
 }
 
-/// Whether rows of a mixed batch differ in the value of this vector.
-inline bool differs_by_row(const Tensor& t) {
-  const auto* meta = tag_of(t);
-  return meta != nullptr && mixed_rows() != nullptr && t.dim() == 1 &&
-      !participants(*meta->site, root_of(t, *meta)).empty();
-}
-inline bool differs_by_row(const std::optional<Tensor>& t) {
-  return t && differs_by_row(*t);
-}
-
-/// The values of such a vector, to be added to `y` with the channels in
-/// dimension `channel`.
-inline Tensor values_by_row(const Tensor& t, const Tensor& y, int64_t channel) {
-  const RowGroups& rows = *mixed_rows();
-  std::vector<Tensor> values;
-  for (const auto& group : rows.groups) {
-    const GroupScope scope(group);
-    values.push_back(plain(t));
-  }
-  return RowSplit(rows, y, y.dim() - channel)
-      .spread(at::stack(values), y.dim(), channel);
-}
-
 /// y = x Mᵀ + b with M = w, or M = wᵀ where the operator multiplies by w as it
 /// is. Undefined where there is no fast path: the caller takes the value.
 inline Tensor fast_linear(

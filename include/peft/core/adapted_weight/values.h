@@ -134,6 +134,29 @@ inline const Tensor& root_of(const Tensor& t, const AdaptedMeta& meta) {
   return meta.view ? meta.root : t;
 }
 
+/// Whether rows of a mixed batch differ in the value of this vector.
+inline bool differs_by_row(const Tensor& t) {
+  const auto* meta = tag_of(t);
+  return meta != nullptr && mixed_rows() != nullptr && t.dim() == 1 &&
+      !participants(*meta->site, root_of(t, *meta)).empty();
+}
+inline bool differs_by_row(const std::optional<Tensor>& t) {
+  return t && differs_by_row(*t);
+}
+
+/// The values of such a vector, to be added to `y`, or multiplied, whose
+/// channels are in dimension `channel`.
+inline Tensor values_by_row(const Tensor& t, const Tensor& y, int64_t channel) {
+  const RowGroups& rows = *mixed_rows();
+  std::vector<Tensor> values;
+  for (const auto& group : rows.groups) {
+    const GroupScope scope(group);
+    values.push_back(plain(t));
+  }
+  return RowSplit(rows, y, y.dim() - channel)
+      .spread(at::stack(values), y.dim(), channel);
+}
+
 /// Applies the output transforms that sit on `t`, the bias of a layer or the
 /// weight of one without, to the layer's result.
 inline Tensor apply_outputs(const Tensor& t, Tensor y) {
