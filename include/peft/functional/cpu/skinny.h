@@ -57,67 +57,88 @@ inline int64_t whole_vectors(int64_t width) {
   return (width + lanes() - 1) / lanes() * lanes();
 }
 
-/// The mask of one row, vector after vector.
+/// The mask of one row after the other, vector after vector from a column on.
 template <int kLanes>
-struct RowMask {
-  Words<kLanes> counter;
-  uint32_t mix, bar;
-
+class RowMask {
+ public:
   PEFT_ALWAYS_INLINE
-  RowMask(const CounterDropout& dropout, int64_t row, int64_t column)
-      : bar(drop_threshold(dropout.p)) {
-    const auto keys = row_keys(dropout.seed, row);
+  RowMask(const CounterDropout* dropout, int64_t first_column)
+      : seed_(dropout != nullptr ? dropout->seed : 0),
+        threshold_(dropout != nullptr ? drop_threshold(dropout->p) : 0) {
     uint32_t each[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      each[lane] =
-          keys.start + static_cast<uint32_t>(column + lane) * column_step;
+      each[lane] = static_cast<uint32_t>(first_column + lane) * column_step;
     }
-    copy_bits(counter, each);
-    mix = keys.mix;
+    copy_bits(first_, each);
+  }
+  PEFT_ALWAYS_INLINE void start(int64_t row) {
+    const auto keys = row_keys(seed_, row);
+    counter_ = first_ + keys.start;
+    mix_ = keys.mix;
   }
   /// Zeroes the dropped lanes of v and goes on to the next vector.
   PEFT_ALWAYS_INLINE void apply(Floats<kLanes>& v) {
-    Words<kLanes> word, hash = counter;
-    mix_column(hash, mix);
+    Words<kLanes> word, hash = counter_;
+    mix_column(hash, mix_);
     copy_bits(word, v);
-    keep_not_less(word, hash, bar);
+    keep_not_less(word, hash, threshold_);
     copy_bits(v, word);
-    counter += column_step * kLanes;
+    counter_ += column_step * kLanes;
   }
+
+ private:
+  Words<kLanes> first_, counter_;
+  uint64_t seed_;
+  uint32_t threshold_, mix_ = 0;
 };
 
 /// Reads rows as float, dropped but not scaled, each followed by zeros up to a
-/// whole vector. The first row and column are those of the mask.
+/// whole vector. The first row and column say where x is in the mask.
 template <class T>
 struct ReadRows {
   const T* x;
   int64_t ldx;
   float* to;
-  int64_t ldt, column, width;
-  int64_t first_row;
+  int64_t ldt, width, first_row, first_column;
   const CounterDropout* dropout;
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    const CounterDropout none;
+    if (dropout != nullptr) {
+      rows<kLanes, true>(begin, end);
+    } else {
+      rows<kLanes, false>(begin, end);
+    }
+  }
+
+  template <int kLanes, bool kDrops>
+  PEFT_ALWAYS_INLINE void rows(int64_t begin, int64_t end) const {
+    RowMask<kLanes> mask(dropout, first_column);
+    const int64_t whole = width / kLanes * kLanes, rest = width - whole;
     for (int64_t i = begin; i < end; ++i) {
-      RowMask<kLanes> mask(
-          dropout != nullptr ? *dropout : none, first_row + i, column);
-      for (int64_t j = 0; j < width; j += kLanes) {
-        T rest[kLanes] = {};
-        const T* from = x + i * ldx + j;
-        if (j + kLanes > width) {
-          std::memcpy(rest, from, (width - j) * sizeof(T));
-          from = rest;
-        }
-        Floats<kLanes> v;
-        load<kLanes>(v, from);
-        if (dropout != nullptr) {
-          mask.apply(v);
-        }
-        store<kLanes>(to + i * ldt + j, v);
+      const T* from = x + i * ldx;
+      float* out = to + i * ldt;
+      mask.start(first_row + i);
+      for (int64_t j = 0; j < whole; j += kLanes) {
+        vector<kLanes, kDrops>(from + j, out + j, mask);
+      }
+      if (rest > 0) {
+        T tail[kLanes] = {};
+        std::memcpy(tail, from + whole, rest * sizeof(T));
+        vector<kLanes, kDrops>(tail, out + whole, mask);
       }
     }
+  }
+
+  template <int kLanes, bool kDrops>
+  PEFT_ALWAYS_INLINE static void
+  vector(const T* from, float* out, RowMask<kLanes>& mask) {
+    Floats<kLanes> v;
+    load<kLanes>(v, from);
+    if (kDrops) {
+      mask.apply(v);
+    }
+    store<kLanes>(out, v);
   }
 };
 
@@ -128,51 +149,74 @@ struct WriteRows {
   int64_t ldf;
   const T* bias;
   T* y;
-  int64_t ldy, column, width, first_row;
+  int64_t ldy, width, first_row, first_column;
   bool accumulate;
   const CounterDropout* dropout;
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    const CounterDropout none;
-    const float scale =
-        dropout != nullptr ? static_cast<float>(dropout->scale()) : 1.0f;
+    if (dropout != nullptr) {
+      rows<kLanes, true>(begin, end);
+    } else {
+      rows<kLanes, false>(begin, end);
+    }
+  }
+
+  template <int kLanes, bool kDrops>
+  PEFT_ALWAYS_INLINE void rows(int64_t begin, int64_t end) const {
+    RowMask<kLanes> mask(dropout, first_column);
+    const float scale = kDrops ? static_cast<float>(dropout->scale()) : 1.0f;
+    const int64_t whole = width / kLanes * kLanes, rest = width - whole;
+    T bias_tail[kLanes] = {};
+    if (bias != nullptr) {
+      std::memcpy(bias_tail, bias + whole, rest * sizeof(T));
+    }
     for (int64_t i = begin; i < end; ++i) {
-      RowMask<kLanes> mask(
-          dropout != nullptr ? *dropout : none, first_row + i, column);
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const int64_t count = smaller(kLanes, width - j);
-        T rest_of_bias[kLanes], rest_of_y[kLanes];
-        const T* b = bias != nullptr ? bias + j : nullptr;
-        T* to = y + i * ldy + j;
-        if (count < kLanes) {
-          std::memcpy(rest_of_y, to, count * sizeof(T));
-          to = rest_of_y;
-          if (bias != nullptr) {
-            std::memcpy(rest_of_bias, b, count * sizeof(T));
-            b = rest_of_bias;
-          }
-        }
-        Floats<kLanes> v, term;
-        load<kLanes>(v, from + i * ldf + j);
-        if (dropout != nullptr) {
-          v *= scale;
-          mask.apply(v);
-        }
-        if (bias != nullptr) {
-          load<kLanes>(term, b);
-          v += term;
-        }
-        if (accumulate) {
-          load<kLanes>(term, to);
-          v += term;
-        }
-        store<kLanes>(to, v);
-        if (count < kLanes) {
-          std::memcpy(y + i * ldy + j, to, count * sizeof(T));
-        }
+      const float* term = from + i * ldf;
+      T* out = y + i * ldy;
+      mask.start(first_row + i);
+      for (int64_t j = 0; j < whole; j += kLanes) {
+        vector<kLanes, kDrops>(
+            term + j,
+            bias != nullptr ? bias + j : nullptr,
+            out + j,
+            accumulate,
+            scale,
+            mask);
+      }
+      if (rest > 0) {
+        T tail[kLanes] = {};
+        std::memcpy(tail, out + whole, rest * sizeof(T));
+        vector<kLanes, kDrops>(
+            term + whole, bias_tail, tail, accumulate, scale, mask);
+        std::memcpy(out + whole, tail, rest * sizeof(T));
       }
     }
+  }
+
+  template <int kLanes, bool kDrops>
+  PEFT_ALWAYS_INLINE static void vector(
+      const float* term,
+      const T* b,
+      T* out,
+      bool adds,
+      float scale,
+      RowMask<kLanes>& mask) {
+    Floats<kLanes> v, more;
+    load<kLanes>(v, term);
+    if (kDrops) {
+      v *= scale;
+      mask.apply(v);
+    }
+    if (b != nullptr) {
+      load<kLanes>(more, b);
+      v += more;
+    }
+    if (adds) {
+      load<kLanes>(more, out);
+      v += more;
+    }
+    store<kLanes>(out, v);
   }
 };
 
@@ -334,13 +378,13 @@ struct ProjectBlock {
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    constexpr int kRanks = kLanes == 16 ? 8 : 4;
+    constexpr int kRanks = 4, kRows = kLanes == 16 ? 6 : 3;
     for (int64_t z = 0; z < r; z += kRanks) {
       const int64_t live = smaller(kRanks, r - z);
       const float* a = A + z * lda;
       int64_t i = begin;
-      for (; i + 3 <= end; i += 3) {
-        project_tile<kLanes, 3, kRanks>(
+      for (; i + kRows <= end; i += kRows) {
+        project_tile<kLanes, kRows, kRanks>(
             x + i * ldx,
             ldx,
             a,
@@ -383,7 +427,7 @@ struct OuterBlock {
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    constexpr int kRanks = kLanes == 16 ? 8 : 4;
+    constexpr int kRanks = 4, kVectors = kLanes == 16 ? 4 : 2;
     const float* from = x + begin * ldx;
     for (int64_t z = 0; z < r; z += kRanks) {
       const int64_t live = smaller(kRanks, r - z);
@@ -395,11 +439,11 @@ struct OuterBlock {
       }
       float* to = G + z * ldg;
       int64_t j = 0;
-      for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
-        outer_tile<kLanes, kRanks, 2>(
+      for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
+        outer_tile<kLanes, kRanks, kVectors>(
             from + j, ldx, factors, end - begin, to + j, ldg, live, add);
       }
-      if (j < width) {
+      for (; j < width; j += kLanes) {
         outer_tile<kLanes, kRanks, 1>(
             from + j, ldx, factors, end - begin, to + j, ldg, live, add);
       }
@@ -420,7 +464,7 @@ struct ExpandBlock {
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    constexpr int kRows = kLanes == 16 ? 4 : 2;
+    constexpr int kRows = 4;
     int64_t i = begin;
     for (; i + kRows <= end; i += kRows) {
       columns<kLanes, kRows>(i);
@@ -432,9 +476,10 @@ struct ExpandBlock {
 
   template <int kLanes, int kRows>
   PEFT_ALWAYS_INLINE void columns(int64_t i) const {
+    constexpr int kVectors = kLanes == 16 ? 4 : 2;
     int64_t j = 0;
-    for (; j + 4 * kLanes <= width; j += 4 * kLanes) {
-      tile<kLanes, kRows, 4>(i, j);
+    for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
+      tile<kLanes, kRows, kVectors>(i, j);
     }
     for (; j < width; j += kLanes) {
       tile<kLanes, kRows, 1>(i, j);
@@ -484,7 +529,7 @@ struct Pass {
         if (!direct) {
           const int64_t width = smaller(kBlockColumns, k - j);
           detail::run(
-              ReadRows<T>{block, ldx, staged, wide, j, width, i, dropout},
+              ReadRows<T>{block, ldx, staged, wide, width, i, j, dropout},
               0,
               count);
           from = staged;
@@ -570,9 +615,9 @@ struct Expansion {
                 bias != nullptr ? bias + j : nullptr,
                 y + i * ldy + j,
                 ldy,
-                j,
                 smaller(kBlockColumns, m - j),
                 i,
+                j,
                 accumulate,
                 dropout},
             0,

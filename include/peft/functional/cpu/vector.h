@@ -95,7 +95,7 @@ PEFT_ALWAYS_INLINE void convert(To& to, const From& from) {
 /// Clears the bits of the lanes of `word` where a < b.
 template <class Word>
 PEFT_ALWAYS_INLINE void keep_not_less(Word& word, const Word& a, uint32_t b) {
-  word &= (Word)(a >= b);
+  word = a >= b ? word : Word{};
 }
 #else
 constexpr int kPlainLanes = 1;
