@@ -96,16 +96,18 @@ def profile(module, trial, k):
     """Processor time by operator, of k steps of every variant."""
     found = {}
     for name, variant in trial.variants.items():
+        module.set_timed(True)
         variant(1)
         record = module.Profile()
         try:
             seconds = variant(k)
         finally:
             record.stop()
+            module.set_timed(True)
         own = sorted(
             ((n, calls / k, t / k) for n, (calls, t) in record.operators.items()),
             key=lambda item: -item[2])
-        found[name] = {"step": seconds / k, "operators": own[:12],
+        found[name] = {"step": seconds / k, "operators": own[:20],
                        "outside": (seconds - sum(o[2] * k for o in own)) / k}
     return found
 

@@ -34,6 +34,23 @@ def looped(steps):
     return run
 
 
+class Watch:
+    """Adds up the time within `with` statements. What lies between them is
+    neither timed nor profiled."""
+
+    def __init__(self, set_timed):
+        self.seconds = 0.0
+        self.set_timed = set_timed
+
+    def __enter__(self):
+        self.set_timed(True)
+        self.start = time.thread_time()
+
+    def __exit__(self, *_):
+        self.seconds += time.thread_time() - self.start
+        self.set_timed(False)
+
+
 @contextmanager
 def no_collection():
     gc.collect()

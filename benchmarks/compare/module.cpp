@@ -13,9 +13,6 @@ inline void pack_frozen(torch::nn::Module&) {
 }
 } // namespace peft
 #endif
-namespace peft {
-class BatchAdapters;
-}
 
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
@@ -23,7 +20,6 @@ class BatchAdapters;
 #include <torch/extension.h>
 
 #include <algorithm>
-#include <chrono>
 #include <ctime>
 #include <functional>
 #include <map>
@@ -53,8 +49,28 @@ double thread_time() {
 #endif
 }
 
-// ~~~~~~~~~~~~~~~~~~~~~~~~~ Networks on the caller's tensors
-// ~~~~~~~~~~~~~~~~~~~~~~~~~
+/// Whether what runs now is timed; the profile leaves out what is not.
+bool timed = true;
+
+/// Adds the time until its end to `seconds`.
+class Timed {
+ public:
+  explicit Timed(double& seconds) : seconds_(seconds) {
+    timed = true;
+  }
+  ~Timed() {
+    seconds_ += thread_time() - start_;
+    timed = false;
+  }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  double& seconds_;
+  double start_ = thread_time();
+};
+
+// ~~~~~~~~~~~~~~~~~~~~~ Networks on the caller's tensors ~~~~~~~~~~~~~~~~~~~~
 
 const Tensor& tensor_named(const Tensors& tensors, const std::string& name) {
   const auto found = tensors.find(name);
@@ -104,28 +120,6 @@ BertOptions bert_options(int64_t hidden, int64_t heads, int64_t layers) {
       .add_pooling_layer(false);
 }
 
-template <class Options>
-auto with_dora(Options& options, int) -> decltype(Options(options.dora(true))) {
-  return options.dora(true);
-}
-template <class Options>
-Options with_dora(Options&, long) {
-  TORCH_CHECK(false, "not in this version: DoRA");
-}
-template <class T, class = void>
-struct IsThere : std::false_type {};
-template <class T>
-struct IsThere<T, std::void_t<decltype(sizeof(T))>> : std::true_type {};
-template <class Scope, class F>
-Tensor within(const std::vector<std::string>& rows, const F& f) {
-  if constexpr (IsThere<Scope>::value) {
-    Scope scope(rows);
-    return f();
-  } else {
-    TORCH_CHECK(false, "not in this version: BatchAdapters");
-  }
-}
-
 struct Settings {
   int64_t r = 8;
   double alpha = 16;
@@ -133,9 +127,11 @@ struct Settings {
   bool dora = false;
 
   peft::LoraOptions options(const peft::Targets& targets) const {
-    auto options =
-        peft::LoraOptions(r).alpha(alpha).dropout(dropout).targets(targets);
-    return dora ? with_dora(options, 0) : options;
+    return peft::LoraOptions(r)
+        .alpha(alpha)
+        .dropout(dropout)
+        .dora(dora)
+        .targets(targets);
   }
 };
 
@@ -144,8 +140,7 @@ peft::Targets all_linear() {
   return peft::Targets({"query", "key", "value", "dense"});
 }
 
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ What is run and timed
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~ What is run and timed ~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 /// One way from x to y, and the named tensors whose gradients a step makes.
 class Run {
@@ -297,8 +292,8 @@ Run mixed_linear(
   layer->eval();
   return Run(
       [layer, rows](const Tensor& in) mutable {
-        return within<peft::BatchAdapters>(
-            rows, [&] { return layer->forward(in); });
+        peft::BatchAdapters scope(rows);
+        return layer->forward(in);
       },
       x);
 }
@@ -348,13 +343,14 @@ std::pair<double, Tensor> merge_linear(
   for (int64_t i = 0; i < n; ++i) {
     auto adapter = peft::attach(*layer, settings.options({""}));
     share(adapter, adapter_tensors);
-    const double start = thread_time();
-    if (in_place) {
-      peft::merge(*layer);
-    } else {
-      adapter.merge();
+    {
+      Timed watch(seconds);
+      if (in_place) {
+        peft::merge(*layer);
+      } else {
+        adapter.merge();
+      }
     }
-    seconds += thread_time() - start;
     if (i + 1 == n) {
       merged = layer->weight.clone();
     }
@@ -379,20 +375,22 @@ class Files {
   }
   double save(const std::string& from, const std::string& to, int64_t n) {
     auto adapter = peft::load(*model_, from);
-    const double start = thread_time();
+    double seconds = 0;
     for (int64_t i = 0; i < n; ++i) {
+      Timed watch(seconds);
       peft::save(adapter, to);
     }
-    const double seconds = thread_time() - start;
     adapter.detach();
     return seconds;
   }
   double load(const std::string& from, int64_t n) {
     double seconds = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const double start = thread_time();
-      auto adapter = peft::load(*model_, from);
-      seconds += thread_time() - start;
+      peft::Adapter adapter;
+      {
+        Timed watch(seconds);
+        adapter = peft::load(*model_, from);
+      }
       adapter.detach();
     }
     return seconds;
@@ -402,8 +400,7 @@ class Files {
   BertModel model_;
 };
 
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Exact accounting
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ Exact accounting ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 /// Bytes and operators of this thread, whichever side calls them.
 class Account {
@@ -480,11 +477,16 @@ class Profile {
     handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(
         [](const at::RecordFunction& f)
             -> std::unique_ptr<at::ObserverContext> {
+          if (!timed) {
+            return nullptr;
+          }
           current()->open_.push_back({f.name(), thread_time(), 0.0});
           return std::make_unique<Context>();
         },
-        [](const at::RecordFunction&, at::ObserverContext*) {
-          current()->close();
+        [](const at::RecordFunction&, at::ObserverContext* context) {
+          if (context != nullptr) {
+            current()->close();
+          }
         }));
   }
   void stop() {
@@ -537,6 +539,7 @@ class Profile {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.attr("version") = PEFT_VERSION;
+  m.def("set_timed", [](bool now) { timed = now; });
   py::class_<Settings>(m, "Settings")
       .def(
           py::init<int64_t, double, double, bool>(),

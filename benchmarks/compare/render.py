@@ -1,5 +1,6 @@
 """The results as Markdown and as a picture."""
 
+import re
 from xml.sax.saxutils import escape
 
 
@@ -20,7 +21,13 @@ def seconds(value):
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-6:.3g} µs"
+    return f"{value / 1e-6:.2g} µs" if value < 1e-4 else f"{value / 1e-6:.0f} µs"
+
+
+def short(operator):
+    """aten::mm, MmBackward0, or a custom function's own name."""
+    name = operator.split(": ")[-1]
+    return re.sub(r".*CppNode<(?:\w+::)*(\w+)>", r"\1's backward", name)
 
 
 def where(profile):
@@ -30,8 +37,15 @@ def where(profile):
         if name not in profile:
             continue
         side = profile[name]
-        parts = [f"{op} {seconds(t)}" + (f" ({calls:g} calls)" if calls > 1 else "")
-                 for op, calls, t in side["operators"][:6]]
+        merged = {}
+        for op, calls, time in side["operators"]:
+            known = merged.setdefault(short(op), [0, 0.0])
+            known[0] = max(known[0], calls)
+            known[1] += time
+        parts = [
+            f"{op} {seconds(time)}" + (f" ({calls:.3g} calls)" if calls > 1 else "")
+            for op, (calls, time) in sorted(merged.items(), key=lambda o: -o[1][1])[:6]
+            if time > 0.01 * side["step"]]
         parts.append(f"outside of operators {seconds(max(side['outside'], 0))}")
         lines.append(f"{name}, {seconds(side['step'])}: " + ", ".join(parts))
     return lines

@@ -14,7 +14,7 @@ import peft
 import torch
 
 import peft_compare as ours
-from measure import Wrong, agree, error, looped, repeated
+from measure import Watch, Wrong, agree, looped, repeated
 
 QUICK = False
 
@@ -487,13 +487,12 @@ def merge(width, r, in_place):
         streamed = layer.weight.clone()
 
         def hf(n):
-            seconds = 0.0
+            watch = Watch(ours.set_timed)
             for _ in range(n):
-                start = time.thread_time()
-                layer.layer.merge()
-                seconds += time.thread_time() - start
+                with watch:
+                    layer.layer.merge()
                 layer.layer.unmerge()
-            return seconds
+            return watch.seconds
 
         def mine(n):
             return ours.merge_linear(
@@ -573,13 +572,12 @@ def load():
         both.model.unload()
 
         def hf(n):
-            seconds = 0.0
+            watch = Watch(ours.set_timed)
             for _ in range(n):
-                start = time.thread_time()
-                model = peft.PeftModel.from_pretrained(both.network, both.hf_folder)
-                seconds += time.thread_time() - start
+                with watch:
+                    model = peft.PeftModel.from_pretrained(both.network, both.hf_folder)
                 model.unload()
-            return seconds
+            return watch.seconds
 
         return Trial(
             {"HF": hf, "ours": lambda n: both.files.load(both.hf_folder, n)},
