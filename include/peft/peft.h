@@ -16,6 +16,7 @@
 #include <peft/core/adapter.h>
 #include <peft/core/active.h>
 #include <peft/core/merge.h>
+#include <peft/core/pack.h>
 #include <peft/core/clone.h>
 #include <peft/core/freeze.h>
 #include <peft/core/summary.h>

@@ -46,7 +46,8 @@ inline Tensor base(const Tensor& weight) {
 
 /// Whether an adapter hangs on this tensor.
 inline bool is_adapted(const Tensor& weight) {
-  return detail::tag_of(weight) != nullptr;
+  const auto* meta = detail::tag_of(weight);
+  return meta != nullptr && !meta->site->entries.empty(); // not only packed
 }
 
 } // namespace peft

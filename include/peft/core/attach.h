@@ -213,7 +213,8 @@ inline void tag_sites(
   }
 }
 
-/// Removes `state` from its sites; tensors without another adapter are plain.
+/// Removes `state` from its sites; tensors without another adapter are plain,
+/// unless they are packed as they now are (pack_frozen).
 inline void untag_sites(const std::shared_ptr<AdapterState>& state) {
   for (const auto& record : state->sites) {
     auto site = record.site.lock();
@@ -231,7 +232,9 @@ inline void untag_sites(const std::shared_ptr<AdapterState>& state) {
       for (const auto& ref : site->tensors) {
         const Tensor t = ref.lock();
         if (t.defined()) {
-          remove_tag(t);
+          if (!site->packed || !site->packed->is_of(t)) {
+            remove_tag(t);
+          }
           state->required_grad->emplace_back(
               t.getIntrusivePtr(), ref.required_grad);
         }

@@ -47,63 +47,42 @@ struct Tile {
   int64_t ldy;
 };
 
-#if defined(__GNUC__)
-template <int Lanes>
-struct Vector {
-  typedef float type
-      __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
-};
-#else
-template <int Lanes>
-struct Vector {
-  struct type {
-    float v[Lanes];
-    type& operator+=(const type& other) {
-      for (int i = 0; i < Lanes; ++i) {
-        v[i] += other.v[i];
-      }
-      return *this;
-    }
-    friend type operator*(float s, type a) {
-      for (int i = 0; i < Lanes; ++i) {
-        a.v[i] *= s;
-      }
-      return a;
-    }
-  };
-};
-#endif
-
 /// Rows x (Count * Lanes) numbers of y in registers.
 template <int Lanes, int Count, int Rows>
 PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
-  using V = typename Vector<Lanes>::type;
-  V sum[Rows][Count];
-#pragma GCC unroll 16
+  using detail::load;
+  using detail::store;
+  detail::Floats<Lanes> sum[Rows][Count], w[Count];
+  PEFT_UNROLL
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
-      sum[i][c] =
-          *reinterpret_cast<const V*>(tile.init + i * tile.ldi + c * Lanes);
+      load<Lanes>(sum[i][c], tile.init + i * tile.ldi + c * Lanes);
     }
   }
   for (int64_t z = 0; z < tile.r; ++z) {
-    const V* u = reinterpret_cast<const V*>(tile.u + z * tile.ldu);
-#pragma GCC unroll 16
+    PEFT_UNROLL
+    for (int c = 0; c < Count; ++c) {
+      load<Lanes>(w[c], tile.u + z * tile.ldu + c * Lanes);
+    }
+    PEFT_UNROLL
     for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
+      PEFT_UNROLL
       for (int c = 0; c < Count; ++c) {
-        sum[i][c] += tile.t[i * tile.r + z] * u[c];
+        sum[i][c] += tile.t[i * tile.r + z] * w[c];
       }
     }
   }
   const float* x = tile.x;
   const float* panel = tile.panel;
   for (int64_t step = 0; step < tile.steps; ++step) {
-    const V* w = reinterpret_cast<const V*>(panel);
-#pragma GCC unroll 16
+    PEFT_UNROLL
+    for (int c = 0; c < Count; ++c) {
+      load<Lanes>(w[c], panel + c * Lanes);
+    }
+    PEFT_UNROLL
     for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
+      PEFT_UNROLL
       for (int c = 0; c < Count; ++c) {
         sum[i][c] += x[i * kStride] * w[c];
       }
@@ -111,28 +90,29 @@ PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
     panel += Count * Lanes;
     ++x;
   }
-#pragma GCC unroll 16
+  PEFT_UNROLL
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
-      *reinterpret_cast<V*>(tile.y + i * tile.ldy + c * Lanes) = sum[i][c];
+      store<Lanes>(tile.y + i * tile.ldy + c * Lanes, sum[i][c]);
     }
   }
 }
 
-template <int Count, int Rows>
-PEFT_KERNEL void tile_portable(const Tile& tile) {
-  run_tile<4, Count, Rows>(tile);
+template <int Rows>
+PEFT_KERNEL void tile_plain(const Tile& tile) {
+  run_tile<detail::kPlainLanes, kNarrow / detail::kPlainLanes, Rows>(tile);
 }
 #if PEFT_X86_VECTORS
-template <int Count, int Rows>
+template <int Rows>
 __attribute__((target("avx2,fma"))) PEFT_KERNEL void tile_avx2(
     const Tile& tile) {
-  run_tile<8, Count, Rows>(tile);
+  run_tile<8, 2, Rows>(tile);
 }
 template <int Count, int Rows>
-__attribute__((target("avx512f"))) PEFT_KERNEL void tile_avx512(
-    const Tile& tile) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+PEFT_KERNEL void
+tile_avx512(const Tile& tile) {
   run_tile<16, Count, Rows>(tile);
 }
 #endif
@@ -148,29 +128,29 @@ struct Tiles {
 };
 
 inline const Tiles& tiles_of(Isa isa) {
-  static const Tiles portable{
-      16,
+  static const Tiles plain{
+      kNarrow,
       3,
-      {tile_portable<4, 1>, tile_portable<4, 2>, tile_portable<4, 3>},
-      {tile_portable<4, 1>, tile_portable<4, 2>, tile_portable<4, 3>}};
+      {tile_plain<1>, tile_plain<2>, tile_plain<3>},
+      {tile_plain<1>, tile_plain<2>, tile_plain<3>}};
 #if PEFT_X86_VECTORS
   static const Tiles avx2{
-      16,
+      kNarrow,
       6,
-      {tile_avx2<2, 1>,
-       tile_avx2<2, 2>,
-       tile_avx2<2, 3>,
-       tile_avx2<2, 4>,
-       tile_avx2<2, 5>,
-       tile_avx2<2, 6>},
-      {tile_avx2<2, 1>,
-       tile_avx2<2, 2>,
-       tile_avx2<2, 3>,
-       tile_avx2<2, 4>,
-       tile_avx2<2, 5>,
-       tile_avx2<2, 6>}};
+      {tile_avx2<1>,
+       tile_avx2<2>,
+       tile_avx2<3>,
+       tile_avx2<4>,
+       tile_avx2<5>,
+       tile_avx2<6>},
+      {tile_avx2<1>,
+       tile_avx2<2>,
+       tile_avx2<3>,
+       tile_avx2<4>,
+       tile_avx2<5>,
+       tile_avx2<6>}};
   static const Tiles avx512{
-      48,
+      3 * kNarrow,
       8,
       {tile_avx512<3, 1>,
        tile_avx512<3, 2>,
@@ -193,18 +173,21 @@ inline const Tiles& tiles_of(Isa isa) {
   }
 #endif
   (void)isa;
-  return portable;
+  return plain;
 }
 
 /// M [out, k], packed for the instructions of `isa`.
 class Panels {
  public:
   /// `m` is float32 on the CPU, with any strides.
-  explicit Panels(const at::Tensor& m, Isa isa = best_isa())
-      : out_(m.size(0)), k_(m.size(1)), tiles_(&tiles_of(isa)) {
+  explicit Panels(const at::Tensor& m, Isa isa = detail::isa())
+      : out_(m.size(0)),
+        k_(m.size(1)),
+        is_wide_(isa != Isa::kPlain),
+        tiles_(&tiles_of(isa)) {
     const int64_t padded = (out_ + kNarrow - 1) / kNarrow * kNarrow;
     for (int64_t column = 0; column < padded;) {
-      const bool full = padded - column >= tiles_->width;
+      const bool full = out_ - column >= tiles_->width;
       columns_.push_back(column);
       column += full ? tiles_->width : kNarrow;
     }
@@ -219,6 +202,11 @@ class Panels {
       panel.narrow(1, 0, real).copy_(m.narrow(0, begin, real).t());
       panel.narrow(1, real, width - real).zero_();
     }
+  }
+
+  /// Whether the instructions are AVX2 or AVX-512.
+  bool is_wide() const {
+    return is_wide_;
   }
 
   int64_t nbytes() const {
@@ -376,6 +364,7 @@ class Panels {
   }
 
   int64_t out_, k_;
+  bool is_wide_;
   const Tiles* tiles_;
   std::vector<int64_t> columns_; // where the panels begin, and the end
   at::Tensor data_;
