@@ -44,6 +44,7 @@ struct EmbeddingCall {
   const Tensor& indices;
   int64_t padding_idx = -1;
   bool scale_grad_by_freq = false;
+  bool sparse = false; // wants sparse gradients
 };
 
 /// y = conv(x, weight, bias).

@@ -3,6 +3,7 @@
 #include <peft/core/delta.h>
 #include <peft/functional/lora.h>
 #include <peft/functional/lora_merge.h>
+#include <peft/functional/sparse_embedding.h>
 #include <peft/functional/lora_rows.h>
 #include <peft/methods/lora/options.h>
 
@@ -175,7 +176,8 @@ class LoraDelta final : public Delta {
                 lora_B,
                 scale * config_.scaling,
                 call.padding_idx,
-                call.scale_grad_by_freq))
+                call.scale_grad_by_freq,
+                call.sparse))
         .to(y.scalar_type());
   }
 
