@@ -310,7 +310,7 @@ TEST_CASE(
     pairs(
         host,
         peft::HoulsbyOptions(4),
-        peft::LoraOptions(2),
+        peft::LoraOptions(2).dora(true),
         peft::ParallelAdapterOptions(4));
     if (host.name != "BERT") { // Pfeiffer acts in their loop over layers
       continue;

@@ -384,10 +384,12 @@ inline void fallback(
           return base_of(t); // w.mul_(w) must not write the delta into w
         }
       }
-      if ((name == "aten::mul" || name == "aten::add") && differs_by_row(t)) {
-        const Tensor& other = (*stack)[first + 1 - i].toTensor();
-        if (other.dim() > 1) {
-          return values_by_row(t, other, other.dim() - 1);
+      if (i < 2 && (name == "aten::mul" || name == "aten::add") &&
+          differs_by_row(t)) {
+        const c10::IValue& other = (*stack)[first + 1 - i];
+        if (other.isTensor() && other.toTensor().dim() > 1) {
+          const Tensor& y = other.toTensor();
+          return values_by_row(t, y, y.dim() - 1);
         }
       }
       return reads_metadata(name) ? base_of(t) : plain(t);

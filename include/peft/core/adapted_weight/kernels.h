@@ -55,7 +55,7 @@ inline LinearCall with_input(const LinearCall& c, const Tensor& x) {
   return {x, c.weight, c.bias, c.rows, c.transposed, c.packed};
 }
 inline EmbeddingCall with_input(const EmbeddingCall& c, const Tensor& indices) {
-  return {c.weight, indices, c.padding_idx, c.scale_grad_by_freq};
+  return {c.weight, indices, c.padding_idx, c.scale_grad_by_freq, c.sparse};
 }
 inline ConvolutionCall with_input(const ConvolutionCall& c, const Tensor& x) {
   return {x, c.weight, c.bias, c.args};
@@ -173,8 +173,9 @@ run_groups(const Participants& active, FastPath<Call> path, const Call& call) {
       return is_same_call(c, own) ? results[g] : run_base(c);
     };
     const auto& group = active.groups[g];
-    results[g] =
-        run_fast(group, group.size(), path, own, computed, /*is_base=*/false);
+    // What is no sum may want the bare operator and its weight (DoRA's norm).
+    const bool is_base = !group.front().delta->is_additive();
+    results[g] = run_fast(group, group.size(), path, own, computed, is_base);
   }
   return split.join(std::move(results));
 }
@@ -399,7 +400,7 @@ inline Tensor embedding_kernel(
     if (!meta->view && active.all_have(&Delta::has_embedding) &&
         !w.requires_grad()) {
       EmbeddingCall call{
-          base_of(w), plain(indices), padding_idx, scale_grad_by_freq};
+          base_of(w), plain(indices), padding_idx, scale_grad_by_freq, sparse};
       Tensor y = run_fast(active, &Delta::embedding, call);
       refuse_optimised_torchscript(y);
       return apply_outputs(w, guard_merged(std::move(y), *site));
