@@ -168,6 +168,22 @@ class Delta : public torch::nn::Module {
     return false;
   }
 
+  /// Multiply-adds that linear() spends on a row beside the base's, where it is
+  /// the same function from call to call; 0: the weight is not worth keeping.
+  virtual int64_t linear_cost() const {
+    return 0;
+  }
+
+  /// Every tensor that `effective` reads beside the weight.
+  virtual void visit_state(c10::function_ref<void(const Tensor&)> visit) const {
+    for (const auto& t : parameters()) {
+      visit(t);
+    }
+    for (const auto& t : buffers()) {
+      visit(t);
+    }
+  }
+
   /// True where the parameters stand in for entries of the base (a trained
   /// copy of a bias), so that a summary does not count them twice.
   virtual bool replaces_base() const {

@@ -2,6 +2,7 @@
 
 #include <peft/core/active.h>
 #include <peft/core/delta.h>
+#include <peft/core/kept_value.h>
 
 #include <c10/util/SmallVector.h>
 
@@ -111,6 +112,8 @@ struct Site {
   /// The base in the CPU kernels' order (pack_frozen). It stays here when the
   /// base is written to, and is passed over from then on.
   std::shared_ptr<const functional::PackedMatrix> packed;
+  /// W' from an earlier call without gradients.
+  KeptValue kept;
 
   /// The deltas that take part for this thread when `tensor` (the adapted
   /// tensor, or the root of a view of it) is used, lowest first.

@@ -17,13 +17,16 @@
 #include <peft/functional/packed_matrix.h>
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/types.h>
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -282,18 +285,10 @@ inline LoraResult lora_forward(
 }
 
 /// What backward needs beside the saved tensors.
-struct LoraNode : torch::CustomClassHolder {
+struct LoraCall {
   LoraArgs args; // without the bias
-  bool has_bias = false;
   double t_scale = 1.0;
   std::vector<int64_t> x_sizes;
-  Tensor weight; // an inference tensor, which cannot be a saved variable
-
-  std::vector<int64_t> y_sizes(int64_t features) const {
-    auto sizes = x_sizes;
-    sizes.back() = features;
-    return sizes;
-  }
 };
 
 struct LoraGrads {
@@ -312,10 +307,10 @@ inline LoraGrads lora_backward_by_kernels(
     const Tensor& BT,
     const Tensor& grad,
     const Tensor& grad_of_t,
-    const LoraNode& node,
+    const LoraCall& call,
     const LoraWants& wants) {
   const CounterDropout none{};
-  const LoraArgs& args = node.args;
+  const LoraArgs& args = call.args;
   const Tensor dy = as_rows(grad);
   const int64_t n = dy.size(0), out = dy.size(1), r = A.size(0);
   LoraGrads grads;
@@ -343,7 +338,7 @@ inline LoraGrads lora_backward_by_kernels(
     dt = project(dy, BT, args.scale, none);
   }
   if (grad_of_t.defined() && dt.defined()) {
-    dt.add_(grad_of_t, args.scale / node.t_scale);
+    dt.add_(grad_of_t, args.scale / call.t_scale);
   }
   if (wants.B) { // t holds s
     grads.B = at::empty({out, r}, A.options());
@@ -354,7 +349,7 @@ inline LoraGrads lora_backward_by_kernels(
     grads.A = outer(as_rows(x), dt, args.dropout);
   }
   if (wants.x) {
-    grads.x = at::empty(node.x_sizes, dy.options());
+    grads.x = at::empty(call.x_sizes, dy.options());
     start_and_multiply(
         as_matrix(grads.x),
         dt,
@@ -379,9 +374,9 @@ inline LoraGrads lora_backward_by_operators(
     const Tensor& saved_t,
     const Tensor& grad,
     const Tensor& grad_of_t,
-    const LoraNode& node,
+    const LoraCall& call,
     const LoraWants& wants) {
-  const LoraArgs& args = node.args;
+  const LoraArgs& args = call.args;
   const bool again = at::GradMode::is_enabled();
   const auto dtype = A.scalar_type(); // float32 beside a bfloat16 base
   const Tensor dy = as_matrix(grad), dy_ = dy.to(dtype);
@@ -401,7 +396,7 @@ inline LoraGrads lora_backward_by_operators(
   if (wants.x || wants.A) {
     dt = at::mm(dy_, B).mul(args.scale);
     if (grad_of_t.defined()) {
-      dt = at::add(dt, grad_of_t, args.scale / node.t_scale);
+      dt = at::add(dt, grad_of_t, args.scale / call.t_scale);
     }
   }
   if (wants.x) {
@@ -412,7 +407,7 @@ inline LoraGrads lora_backward_by_operators(
     } else {
       grads.x = at::mm(dy, weight).addmm_(dt, A);
     }
-    grads.x = grads.x.reshape(node.x_sizes);
+    grads.x = grads.x.reshape(call.x_sizes);
   }
   if (wants.A) {
     grads.A = at::mm(dt.t(), kept);
@@ -421,68 +416,29 @@ inline LoraGrads lora_backward_by_operators(
     // dBᵀ = tᵀ dy: the fast orientation.
     const bool anew = again && x.defined();
     const Tensor t = anew ? at::mm(kept, A.t()) : saved_t;
-    grads.B = at::mm(t.t(), dy_).mul(anew ? args.scale : node.t_scale).t();
+    grads.B = at::mm(t.t(), dy_).mul(anew ? args.scale : call.t_scale).t();
   }
   return grads;
 }
 
-/// Gives y and, where x is not kept but t depends on it, t, so that second
+/// Results: y and, where x is not kept but t depends on it, t, so that second
 /// derivatives reach x through it.
-struct FusedLora : torch::autograd::Function<FusedLora> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx,
-      const Tensor& x,
-      const Tensor& weight,
-      const std::optional<Tensor>& bias,
-      const Tensor& A,
-      const Tensor& B,
-      LoraArgs args) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    args.bias = bias;
-    LoraResult result = lora_forward(x, weight, A, B, args);
-    auto node = c10::make_intrusive<LoraNode>();
-    node->has_bias = args.has_bias();
-    node->t_scale = result.t_scale;
-    node->args = std::move(args);
-    node->args.bias.reset();
-    if (weight.is_inference()) {
-      node->weight = weight;
-    }
-    const bool keeps_x = A.requires_grad() || weight.requires_grad();
-    // Undefined tensors keep the places.
-    ctx->save_for_backward(
-        {keeps_x ? x : Tensor(),
-         weight.is_inference() ? Tensor() : weight,
-         A,
-         B,
-         B.requires_grad() ? result.t : Tensor(),
-         result.BT});
-    node->x_sizes = x.sizes().vec();
-    ctx->saved_data["node"] = c10::IValue::make_capsule(std::move(node));
-    ctx->set_materialize_grads(false);
-    if (!keeps_x && x.requires_grad() && B.requires_grad()) {
-      return {result.y, result.t};
-    }
-    return {result.y};
-  }
+struct LoraBackward : torch::autograd::Node {
+  using SavedVariable = torch::autograd::SavedVariable;
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx,
-      torch::autograd::variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &A = saved[2], &B = saved[3], &t = saved[4],
-                 &BT = saved[5];
-    const auto held = ctx->saved_data["node"].toCapsule();
-    const auto& node = static_cast<const LoraNode&>(*held);
-    const Tensor& weight = node.weight.defined() ? node.weight : saved[1];
-    // needs_input_grad counts defined tensors only: without a bias A moves up.
-    const size_t shift = node.has_bias ? 1 : 0;
+  torch::autograd::variable_list apply(
+      torch::autograd::variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor x = x_.unpack(), A = A_.unpack(), B = B_.unpack();
+    const Tensor t = t_.unpack(shared_from_this()), BT = BT_.unpack();
+    const Tensor weight =
+        plain_weight.defined() ? plain_weight : weight_.unpack();
     const LoraWants wants{
-        ctx->needs_input_grad(0),
-        ctx->needs_input_grad(1),
-        shift == 1 && ctx->needs_input_grad(2),
-        ctx->needs_input_grad(2 + shift),
-        ctx->needs_input_grad(3 + shift)};
+        should_compute_output(0),
+        should_compute_output(1),
+        should_compute_output(2),
+        should_compute_output(3),
+        should_compute_output(4)};
     const bool again = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!again) {
@@ -490,17 +446,21 @@ struct FusedLora : torch::autograd::Function<FusedLora> {
     }
     Tensor dy = grads[0];
     const Tensor grad_of_t = grads.size() > 1 ? grads[1] : Tensor();
-    if (!dy.defined()) { // only t was used
-      dy = at::zeros({1}, weight.options()).expand(node.y_sizes(B.size(0)));
+    if (!dy.defined()) {
+      if (!grad_of_t.defined()) {
+        return torch::autograd::variable_list(5);
+      }
+      auto sizes = call.x_sizes; // only t was used
+      sizes.back() = B.size(0);
+      dy = at::zeros({1}, weight.options()).expand(sizes);
     }
     LoraGrads result;
-    const bool low_rank = wants.x || wants.A || wants.B;
-    if (low_rank && BT.defined() && !again) {
-      result = lora_backward_by_kernels(
-          x, weight, A, t, BT, dy, grad_of_t, node, wants);
-    } else if (low_rank) {
-      result = lora_backward_by_operators(
-          x, weight, A, B, t, dy, grad_of_t, node, wants);
+    if (wants.x || wants.A || wants.B) {
+      result = BT.defined() && !again
+          ? lora_backward_by_kernels(
+                x, weight, A, t, BT, dy, grad_of_t, call, wants)
+          : lora_backward_by_operators(
+                x, weight, A, B, t, dy, grad_of_t, call, wants);
     }
     if (wants.weight) {
       result.weight = at::mm(as_matrix(dy).t(), as_matrix(x));
@@ -508,9 +468,68 @@ struct FusedLora : torch::autograd::Function<FusedLora> {
     if (wants.bias) {
       result.bias = as_matrix(dy).sum(0);
     }
-    return {result.x, result.weight, result.bias, result.A, result.B, Tensor()};
+    return {result.x, result.weight, result.bias, result.A, result.B};
   }
+
+  std::string name() const override {
+    return "LoraBackward";
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&x_, &weight_, &A_, &B_, &t_, &BT_}) {
+      saved->reset_data();
+    }
+  }
+
+  SavedVariable x_, weight_, A_, B_, t_, BT_;
+  Tensor plain_weight; // an inference tensor, which cannot be saved
+  LoraCall call;
 };
+
+/// The forward pass with its node in the graph.
+inline Tensor fused_lora(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& A,
+    const Tensor& B,
+    LoraArgs args) {
+  using torch::autograd::SavedVariable;
+  std::shared_ptr<LoraBackward> node(
+      new LoraBackward(), torch::autograd::deleteNode);
+  node->set_next_edges(torch::autograd::collect_next_edges(
+      x, weight, args.bias.value_or(Tensor()), A, B));
+  LoraResult result;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    result = lora_forward(x, weight, A, B, args);
+  }
+  torch::autograd::set_history(result.y, node);
+  const bool keeps_x = A.requires_grad() || weight.requires_grad();
+  const bool keeps_t = B.requires_grad();
+  const bool gives_t = !keeps_x && keeps_t && x.requires_grad();
+  if (gives_t) {
+    torch::autograd::set_history(result.t, node);
+  }
+  if (keeps_x) {
+    node->x_ = SavedVariable(x, /*is_output=*/false);
+  }
+  if (weight.is_inference()) {
+    node->plain_weight = weight;
+  } else {
+    node->weight_ = SavedVariable(weight, false);
+  }
+  node->A_ = SavedVariable(A, false);
+  node->B_ = SavedVariable(B, false);
+  if (keeps_t) {
+    node->t_ = SavedVariable(result.t, /*is_output=*/gives_t);
+  }
+  node->BT_ = SavedVariable(result.BT, false);
+  node->call.t_scale = result.t_scale;
+  node->call.x_sizes = x.sizes().vec();
+  node->call.args = std::move(args);
+  node->call.args.bias.reset();
+  return result.y;
+}
 
 } // namespace detail
 

@@ -115,7 +115,7 @@ inline Tensor lora_linear(
       (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
        weight.requires_grad() || (args.has_bias() && bias->requires_grad()));
   if (needs_grad) {
-    return detail::FusedLora::apply(x, weight, bias, A, B, std::move(args))[0];
+    return detail::fused_lora(x, weight, A, B, std::move(args));
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return detail::lora_forward(x, weight, A, B, args).y;

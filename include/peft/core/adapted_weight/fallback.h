@@ -362,6 +362,7 @@ inline void fallback(
       " does not say where that is; attach it to a layer that uses its weight "
       "and bias by linear, conv, layer_norm or +");
 
+  std::vector<std::pair<Tensor, std::shared_ptr<Site>>> values;
   for (size_t i = 0; i < count; ++i) {
     c10::IValue& value = (*stack)[first + i];
     if (!holds_tag(value)) {
@@ -392,10 +393,24 @@ inline void fallback(
           return values_by_row(t, y, y.dim() - 1);
         }
       }
-      return reads_metadata(name) ? base_of(t) : plain(t);
+      if (reads_metadata(name)) {
+        return base_of(t);
+      }
+      const AdaptedMeta& meta = *tag_of(t);
+      values.emplace_back(value_of(t, meta, /*may_keep=*/true), meta.site);
+      return values.back().first;
     });
   }
   op.callBoxed(stack);
+  for (const auto& result : c10::ArrayRef<c10::IValue>(*stack).slice(first)) {
+    for_each_tensor(result, [&](const Tensor& t) {
+      for (const auto& [value, site] : values) {
+        if (t.defined() && t.is_alias_of(value)) {
+          site->kept.drop(); // the caller may write to it
+        }
+      }
+    });
+  }
   if (is_output) {
     Tensor y = stack->back().toTensor();
     stack->back() = apply_outputs(output_at, std::move(y));

@@ -63,9 +63,22 @@ inline void refuse_detached_in_torchscript(const Tensor& value) {
       "torch::NoGradGuard");
 }
 
+/// What W' is made of.
+inline Recipe recipe_of(const Tensor& weight, const ActiveEntries& active) {
+  Recipe recipe;
+  recipe.add(weight);
+  for (const auto& entry : active) {
+    recipe.add(entry.delta, entry.scale);
+    entry.delta->visit_state([&](const Tensor& t) { recipe.add(t); });
+  }
+  return recipe;
+}
+
 /// The weight that `site` makes of the plain tensor `weight`, which has the
-/// orientation it had at attach.
-inline Tensor apply_deltas(const Site& site, const Tensor& weight) {
+/// orientation it had at attach. Without gradients the caller `may_keep` it for
+/// the next call, if it hands out nothing that shares its memory.
+inline Tensor
+apply_deltas(const Site& site, const Tensor& weight, bool may_keep = false) {
   TORCH_CHECK(
       weight.sizes() == at::IntArrayRef(site.sizes),
       "peft: an adapted weight changed its shape from ",
@@ -79,6 +92,17 @@ inline Tensor apply_deltas(const Site& site, const Tensor& weight) {
         ? weight
         : guard_merged(weight.clone(), site);
   }
+  const bool training = at::GradMode::is_enabled();
+  Recipe recipe;
+  if (training) {
+    site.kept.drop();
+  } else if (may_keep) {
+    recipe = recipe_of(weight, active);
+    Tensor kept = site.kept.find(recipe);
+    if (kept.defined()) {
+      return kept;
+    }
+  }
   auto dtype = weight.scalar_type();
   for (const auto& entry : active) {
     if (auto d = entry.delta->dtype()) {
@@ -90,19 +114,24 @@ inline Tensor apply_deltas(const Site& site, const Tensor& weight) {
     value = entry.delta->effective(value, entry.scale);
   }
   refuse_optimised_torchscript(value);
-  return value.to(weight.scalar_type());
+  value = value.to(weight.scalar_type());
+  if (may_keep && !training) {
+    site.kept.offer(std::move(recipe), value);
+  }
+  return value;
 }
 
 /// The value of a tagged tensor, as a plain one. Call it with the key excluded.
-inline Tensor value_of(const Tensor& t, const AdaptedMeta& meta) {
+inline Tensor
+value_of(const Tensor& t, const AdaptedMeta& meta, bool may_keep = false) {
   const std::shared_ptr<Site> site = meta.site;
   Tensor value;
   if (meta.view) {
-    value = meta.view(apply_deltas(*site, meta.root));
+    value = meta.view(apply_deltas(*site, meta.root, may_keep));
   } else if (meta.transposed) {
-    value = apply_deltas(*site, base_of(t).t()).t();
+    value = apply_deltas(*site, base_of(t).t(), may_keep).t();
   } else {
-    value = apply_deltas(*site, base_of(t));
+    value = apply_deltas(*site, base_of(t), may_keep);
   }
   if (!meta.cut) {
     return value;

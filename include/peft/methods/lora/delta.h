@@ -146,6 +146,15 @@ class LoraDelta final : public Delta {
         .to(y.scalar_type());
   }
 
+  int64_t linear_cost() const override {
+    return dropout_now() > 0.0 ? 0 : lora_A.numel() + lora_B.numel();
+  }
+  void visit_state(
+      c10::function_ref<void(const Tensor&)> visit) const override {
+    visit(lora_A);
+    visit(lora_B);
+  }
+
   bool add_rows(const LinearCall& call, const Tensor& y, double scale)
       const override {
     const bool whole = call.rows.begin == 0 &&
