@@ -4,15 +4,6 @@
 
 #include <peft/models/bert.h>
 #include <peft/peft.h>
-#if __has_include(<peft/core/pack.h>)
-#include <peft/core/pack.h>
-#else
-namespace peft {
-inline void pack_frozen(torch::nn::Module&) {
-  TORCH_CHECK(false, "not in this version: pack_frozen");
-}
-} // namespace peft
-#endif
 
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
