@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <algorithm>
@@ -20,9 +21,14 @@ namespace detail {
 /// first named.
 struct RowGroups {
   struct Group {
-    /// What an ActiveAdapters for these rows would be given: one name or none.
-    std::vector<std::string> adapters;
-    std::vector<int64_t> rows;
+    std::optional<std::string> adapter; // none: the frozen network
+    c10::SmallVector<int64_t, 4> rows;
+
+    /// What an ActiveAdapters for these rows would be given.
+    std::vector<std::string> names() const {
+      return adapter ? std::vector<std::string>{*adapter}
+                     : std::vector<std::string>{};
+    }
   };
   /// Neighbouring rows [begin, end) of one group.
   struct Run {
@@ -32,23 +38,24 @@ struct RowGroups {
 
   RowGroups(const std::vector<std::string>& names, int64_t batch_dim)
       : count(static_cast<int64_t>(names.size())), dim(batch_dim) {
-    std::unordered_map<std::string, size_t> seen;
+    by_name.reserve(names.size());
     for (int64_t row = 0; row < count; ++row) {
-      const auto [found, is_new] = seen.emplace(names[row], groups.size());
+      const auto [found, is_new] =
+          by_name.try_emplace(names[row], groups.size());
+      const size_t group = found->second;
       if (is_new) {
-        const bool is_base = names[row] == "__base__";
-        groups.push_back({{}, {}});
-        if (!is_base) {
-          groups.back().adapters.push_back(names[row]);
-          by_name.emplace(names[row], found->second);
+        groups.emplace_back();
+        if (names[row] != "__base__") {
+          groups.back().adapter = names[row];
         }
       }
-      groups[found->second].rows.push_back(row);
-      if (runs.empty() || runs.back().group != found->second) {
-        runs.push_back({row, row, found->second});
+      groups[group].rows.push_back(row);
+      if (runs.empty() || runs.back().group != group) {
+        runs.push_back({row, row, group});
       }
       runs.back().end = row + 1;
     }
+    by_name.erase("__base__");
   }
 
   /// Whether the rows of every group stand together.
@@ -186,7 +193,7 @@ class BatchAdapters {
     auto rows = std::make_unique<const detail::RowGroups>(names, dim);
     if (rows->groups.size() == 1) {
       return std::make_shared<detail::ActiveInfo>(
-          rows->groups.front().adapters, false);
+          rows->groups.front().names(), false);
     }
     return std::make_shared<detail::ActiveInfo>(std::move(rows));
   }
