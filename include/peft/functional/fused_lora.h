@@ -252,10 +252,11 @@ inline LoraResult lora_forward(
     return result;
   }
   const Tensor x2 = as_matrix(x);
-  Tensor kept = x2;
+  const auto dtype = A.scalar_type(); // float32 beside a half-precision base
+  Tensor kept = x2.to(dtype);
   if (args.dropout.active()) {
-    kept =
-        x2 * dropout_mask(args.dropout, x2.size(0), x2.size(1), x2.options());
+    kept = kept *
+        dropout_mask(args.dropout, x2.size(0), x2.size(1), kept.options());
   }
   result.t = at::mm(kept, A.t());
   result.t_scale = args.scale;
@@ -274,7 +275,11 @@ inline LoraResult lora_forward(
     y2 = args.has_bias() ? at::addmm(*args.bias, x2, weight.t())
                          : at::mm(x2, weight.t());
   }
-  y2.addmm_(result.t, B.t(), 1.0, args.scale);
+  if (y2.scalar_type() == dtype) {
+    y2.addmm_(result.t, B.t(), 1.0, args.scale);
+  } else { // the sum in float32, rounded once
+    y2.add_(at::mm(result.t, B.t()), args.scale);
+  }
   if (x.dim() != 2) {
     c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = B.size(0);

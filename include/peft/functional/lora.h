@@ -70,19 +70,20 @@ inline bool has_tangent(const Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();
 }
 
-/// Whether the fused function computes this call: on plain tensors of one
-/// dtype (on the CPU also a bfloat16 base beside float32 factors), outside
-/// autocast and function transforms. On a GPU dropout is torch's own.
+/// Whether the fused function computes this call: plain tensors of one dtype,
+/// or a half-precision base beside float32 factors, outside autocast and
+/// function transforms. On a GPU dropout is torch's own.
 inline bool can_fuse(
     const Tensor& x,
     const Tensor& weight,
     const Tensor& A,
     const Tensor& B,
     double dropout) {
-  const auto dtype = weight.scalar_type();
-  const bool one_dtype = A.scalar_type() == dtype && B.scalar_type() == dtype;
+  const auto dtype = weight.scalar_type(), factors = A.scalar_type();
   return x.dim() >= 2 && x.scalar_type() == dtype &&
-      (one_dtype || (dtype == at::kBFloat16 && by_kernels(x, A, B))) &&
+      B.scalar_type() == factors &&
+      (factors == dtype ||
+       (factors == at::kFloat && c10::isReducedFloatingType(dtype))) &&
       (dropout <= 0.0 || x.is_cpu()) &&
       !at::autocast::is_autocast_enabled(x.device().type()) &&
       !c10::impl::tls_is_dispatch_key_included(
