@@ -89,6 +89,11 @@ TEST_CASE("whatever a kept weight was made of may change") {
         net.lstm->named_parameters()["weight_ih_l0"].set_data(
             torch::randn({20, 6}));
       },
+      [&] { // memory that is given back and taken again
+        const auto sizes = A.sizes().vec();
+        A.set_data(torch::empty({0}));
+        A.set_data(torch::full(sizes, 0.25));
+      },
       [&] { net.adapter.merge(); },
       [&] { net.adapter.unmerge(); },
   };

@@ -4,14 +4,16 @@
 // with unmerged adapters. It is good for as long as everything it was made of
 // is what it was: the version counters tell.
 
+#include <peft/functional/stamp.h>
+
 #include <c10/util/SmallVector.h>
 #include <torch/types.h>
 
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 namespace peft {
@@ -20,32 +22,27 @@ using torch::Tensor;
 
 namespace detail {
 
-/// What a value was made of: tensors by place and version, and numbers.
+/// What a value was made of: tensors, and deltas with their scales.
 class Recipe {
  public:
   void add(const Tensor& t) {
-    if (t.is_inference()) { // counts no versions
-      is_known_ = false;
-      return;
-    }
-    parts_.emplace_back(t.const_data_ptr(), t._version());
+    tensors_.push_back(functional::Stamp::of(t));
+    is_known_ = is_known_ && tensors_.back();
   }
-  void add(const void* what, double number) {
-    uint64_t bits = 0;
-    static_assert(sizeof(bits) == sizeof(number), "peft: unusual double");
-    std::memcpy(&bits, &number, sizeof(bits));
-    parts_.emplace_back(what, bits);
+  void add(const void* delta, double scale) {
+    deltas_.emplace_back(delta, scale);
   }
   /// Whether a change of any part would show.
   bool is_known() const {
     return is_known_;
   }
   bool operator==(const Recipe& other) const {
-    return parts_ == other.parts_;
+    return deltas_ == other.deltas_ && tensors_ == other.tensors_;
   }
 
  private:
-  c10::SmallVector<std::pair<const void*, uint64_t>, 8> parts_;
+  c10::SmallVector<std::optional<functional::Stamp>, 4> tensors_;
+  c10::SmallVector<std::pair<const void*, double>, 2> deltas_;
   bool is_known_ = true;
 };
 
@@ -58,8 +55,8 @@ class KeptValue {
       return {};
     }
     const auto kept = get();
-    return kept && kept->value.defined() && kept->recipe == recipe &&
-            kept->value._version() == kept->version
+    return kept && kept->value.defined() && recipe.is_known() &&
+            kept->recipe == recipe && kept->value._version() == kept->version
         ? kept->value
         : Tensor();
   }
