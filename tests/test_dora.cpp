@@ -7,7 +7,11 @@
 
 #include <peft/models/gpt2.h>
 
+#include <ATen/functorch/BatchedTensorImpl.h>
+#include <ATen/functorch/DynamicLayer.h>
+#include <ATen/functorch/PlumbingHelper.h>
 #include <nlohmann/json.hpp>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <fstream>
 #include <functional>
@@ -22,6 +26,16 @@ namespace {
 namespace F = peft::functional;
 
 const auto kExact = torch::TensorOptions(torch::kDouble);
+
+/// Both ways: by the CPU kernels and by torch operators.
+struct WithKernels {
+  explicit WithKernels(bool on) {
+    F::detail::kernels_chosen = on;
+  }
+  ~WithKernels() {
+    F::detail::kernels_chosen.reset();
+  }
+};
 
 /// W' by the definition, rows being outputs.
 Tensor defined_weight(
@@ -195,10 +209,13 @@ TEST_CASE("DoRA's norm is that of W + s B A", "[dora]") {
       (W.to(torch::kDouble) +
        2 * torch::mm(B.to(torch::kDouble), A.to(torch::kDouble)))
           .norm(2, 1);
-  for (const auto& w : {W, W.t().contiguous().t()}) {
-    const Tensor norm =
-        F::dora_norm(w, F::row_squares(w, torch::kFloat), A, B, 2);
-    CHECK(close(norm, exact, 5e-7, 0));
+  for (const bool kernels : {true, false}) {
+    const WithKernels way(kernels);
+    for (const auto& w : {W, W.t().contiguous().t()}) {
+      const Tensor norm =
+          F::dora_norm(w, F::row_squares(w, torch::kFloat), A, B, 2);
+      CHECK(close(norm, exact, 5e-7, 0));
+    }
   }
 }
 
@@ -296,7 +313,9 @@ TEST_CASE("Each gradient alone is the one among all", "[dora]") {
 TEST_CASE("Fused and composed are the same", "[dora]") {
   seed(9);
   // float32 with tails, so that the loop over columns sees both its parts.
-  for (const int64_t n : {1, 3, 130}) {
+  for (const auto& [n, kernels] : std::vector<std::pair<int64_t, bool>>{
+           {1, true}, {3, false}, {130, true}, {130, false}}) {
+    const WithKernels way(kernels);
     const Tensor x = torch::randn({n, 40}).requires_grad_();
     const Tensor W = torch::randn({37, 40}) / 6, b = torch::randn({37});
     const Tensor A = (torch::randn({3, 40}) / 6).requires_grad_();
@@ -574,6 +593,88 @@ TEST_CASE("DoRA stands on what is below it", "[dora]") {
     peft::merge(*kind.module);
     CHECK(close(kind.run(kind.x), all, 1e-10, 1e-11));
   }
+}
+
+TEST_CASE("DoRA starts on LoRA as well where kernels read memory", "[dora]") {
+  const WithKernels way(true);
+  torch::nn::Linear layer(64, 48);
+  const auto everything = peft::Targets::all_linear();
+  auto below =
+      peft::attach(*layer, peft::LoraOptions(4).targets(everything), "below");
+  randomise(below);
+  const Tensor x = torch::randn({5, 64});
+  const Tensor y = layer(x).detach();
+  auto adapter = peft::attach(
+      *layer, peft::LoraOptions(4).dora(true).targets(everything), "dora");
+  CHECK(close(layer(x), y, 1e-5, 1e-4));
+  below.disable();
+  CHECK_FALSE(close(layer(x), y, 1e-2, 1e-2));
+}
+
+TEST_CASE("Forward-mode derivatives and vmap see DoRA's formula", "[dora]") {
+  for (auto& kind : kinds()) {
+    INFO(kind.name);
+    auto adapter = attach(kind, peft::LoraOptions(2).dora(true));
+    randomise(adapter);
+    if (!kind.x.is_floating_point()) {
+      continue;
+    }
+    const Tensor v = torch::randn_like(kind.x);
+    const auto difference = [&](double h) {
+      return kind.run(kind.x + h * v).detach();
+    };
+    const Tensor slope = (difference(1e-3) - difference(-1e-3)) / 2e-3;
+    const auto level = torch::autograd::ForwardADLevel::get_next_idx();
+    const Tensor y =
+        kind.run(at::_make_dual(kind.x, v, static_cast<int64_t>(level)));
+    const Tensor tangent =
+        std::get<1>(at::_unpack_dual(y, static_cast<int64_t>(level)));
+    CHECK(close(tangent, slope, 1e-9, 1e-9));
+    torch::autograd::ForwardADLevel::release_idx(level);
+
+    const Tensor several = torch::stack({kind.x, v, kind.x + v});
+    const Tensor expected = torch::stack(
+        {kind.run(several[0]), kind.run(several[1]), kind.run(several[2])});
+    Tensor found;
+    const auto map = at::functorch::initAndPushDynamicLayer(
+        at::functorch::TransformType::Vmap,
+        c10::SymInt(3),
+        at::functorch::RandomnessType::Error);
+    const std::string error = error_of([&] {
+      const auto [value, dim] = at::functorch::unwrapTensorAtLevel(
+          kind.run(at::functorch::makeBatched(several, 0, map)), map);
+      found = value.movedim(dim.value(), 0);
+    });
+    at::functorch::popDynamicLayerAndDeleteMetadata();
+    CHECK(error == "");
+    CHECK(close(found, expected, 1e-11, 1e-12));
+  }
+}
+
+TEST_CASE("A sparse embedding keeps its sparse gradient", "[dora]") {
+  torch::nn::Embedding dense(6, 4);
+  dense->to(torch::kDouble);
+  torch::nn::Embedding sparse(torch::nn::EmbeddingOptions(6, 4).sparse(true));
+  sparse->to(torch::kDouble);
+  {
+    const torch::NoGradGuard no_grad;
+    sparse->weight.copy_(dense->weight);
+  }
+  std::vector<Tensor> grads;
+  for (auto table : {dense, sparse}) {
+    auto adapter = peft::attach(
+        *table,
+        peft::LoraOptions(2).dora(true).targets(peft::Targets::where(
+            [](const std::string&, const torch::nn::Module&) {
+              return true;
+            })));
+    randomise(adapter);
+    const Parts parts(adapter);
+    table->forward(torch::tensor({1, 4, 1})).square().sum().backward();
+    grads.push_back(parts.A.grad());
+  }
+  CHECK(grads[1].is_sparse());
+  CHECK(close(grads[1].to_dense(), grads[0], 1e-12, 1e-12));
 }
 
 TEST_CASE("One table for words and outputs takes DoRA in both", "[dora]") {

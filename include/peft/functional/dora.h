@@ -54,11 +54,15 @@ inline Tensor dora_norm(
     double scale) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::autocast_dispatch_keyset);
-  const Tensor A = lora_A.detach(), B = lora_B.detach();
-  const Tensor W = weight.detach().to(A.scalar_type());
-  const Tensor projected = W.dim() == 2 && detail::by_kernels(W, A, B)
-      ? detail::project(detail::as_rows(W), A, 1.0, {})
-      : at::mm(W, A.t()); // [out, r]
+  const Tensor W = weight.detach(), A = lora_A.detach(), B = lora_B.detach();
+  const bool by_kernels =
+      W.stride(1) == 1 &&
+      !c10::impl::tls_is_dispatch_key_included(
+          c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+      detail::by_kernels(W, A, B);
+  const Tensor projected = by_kernels // [out, r]
+      ? detail::project(W, A, 1.0, {})
+      : at::mm(A, W.to(A.scalar_type()).t()).t();
   const Tensor inner =
       at::addmm(projected, B, at::mm(A, A.t()), 2 * scale, scale * scale);
   return detail::root_of_squares(at::mul(inner, B).sum(1) + squares);
@@ -96,41 +100,45 @@ Tensor dora_composed(
 
 namespace detail {
 
-/// One pass over dy and u [n, m]: du = g ∘ dy and sums_j += Σ_i dy_ij u_ij,
-/// rows taken in blocks, so that a long sum loses no digits.
+/// One pass over dy and u [n, m]: du = g ∘ dy and sums_j = Σ_i dy_ij u_ij.
+/// Blocks of rows are summed in `block` [m] first, so that long sums lose no
+/// digits.
 struct ScaleBackward {
   const float *dy, *u, *g;
-  float *du, *sums;
-  int64_t rows, stride;
+  float *du, *sums, *block;
+  int64_t rows, width;
+
+  template <int kLanes>
+  PEFT_ALWAYS_INLINE void row(int64_t i, int64_t begin, int64_t end) const {
+    const float *from = dy + i * width, *with = u + i * width;
+    float* to = du + i * width;
+    for (int64_t j = begin; j < end; j += kLanes) {
+      cpu::detail::Floats<kLanes> d, v, sum, factor;
+      cpu::detail::load<kLanes>(d, from + j);
+      cpu::detail::load<kLanes>(v, with + j);
+      cpu::detail::load<kLanes>(sum, block + j);
+      cpu::detail::load<kLanes>(factor, g + j);
+      sum += d * v;
+      d *= factor;
+      cpu::detail::store<kLanes>(block + j, sum);
+      cpu::detail::store<kLanes>(to + j, d);
+    }
+  }
 
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
-    constexpr int64_t kBlock = 64;
-    for (int64_t first = 0; first < rows; first += kBlock) {
-      const int64_t last = first + kBlock < rows ? first + kBlock : rows;
-      int64_t j = begin;
-      for (; j + kLanes <= end; j += kLanes) {
-        cpu::detail::Floats<kLanes> factor, total, sum{};
-        cpu::detail::load<kLanes>(factor, g + j);
-        for (int64_t i = first; i < last; ++i) {
-          cpu::detail::Floats<kLanes> d, v;
-          cpu::detail::load<kLanes>(d, dy + i * stride + j);
-          cpu::detail::load<kLanes>(v, u + i * stride + j);
-          sum += d * v;
-          d *= factor;
-          cpu::detail::store<kLanes>(du + i * stride + j, d);
-        }
-        cpu::detail::load<kLanes>(total, sums + j);
-        total += sum;
-        cpu::detail::store<kLanes>(sums + j, total);
+    constexpr int64_t kRows = 64;
+    const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+    for (int64_t first = 0; first < rows; first += kRows) {
+      for (int64_t j = begin; j < end; ++j) {
+        block[j] = 0;
       }
-      for (; j < end; ++j) {
-        float sum = 0;
-        for (int64_t i = first; i < last; ++i) {
-          sum += dy[i * stride + j] * u[i * stride + j];
-          du[i * stride + j] = dy[i * stride + j] * g[j];
-        }
-        sums[j] += sum;
+      for (int64_t i = first; i < rows && i < first + kRows; ++i) {
+        row<kLanes>(i, begin, whole);
+        row<1>(i, whole, end);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        sums[j] += block[j];
       }
     }
   }
@@ -149,20 +157,21 @@ inline std::pair<Tensor, Tensor> dora_scale_backward(
     return {(dy * u).sum(0) / norm, dy * g};
   }
   const Tensor du = at::empty_like(dy);
-  const Tensor sums = at::zeros({dy.size(1)}, g.options());
+  const Tensor sums = at::zeros({2, dy.size(1)}, g.options());
   const ScaleBackward pass{
       dy.const_data_ptr<float>(),
       u.const_data_ptr<float>(),
       g.const_data_ptr<float>(),
       du.mutable_data_ptr<float>(),
       sums.mutable_data_ptr<float>(),
+      sums.mutable_data_ptr<float>() + dy.size(1),
       dy.size(0),
       dy.size(1)};
   const int64_t grain = std::max<int64_t>(64, 32768 / dy.size(0));
   at::parallel_for(0, dy.size(1), grain, [&](int64_t begin, int64_t end) {
     cpu::detail::run(pass, begin, end);
   });
-  return {sums.div_(norm), du};
+  return {sums[0].div_(norm), du};
 }
 
 /// y = g ∘ u + b in one pass, in u's own memory with `in_place`.

@@ -11,6 +11,7 @@
 
 #include <peft/core/delta.h>
 #include <peft/functional/dora.h>
+#include <peft/functional/sparse_embedding.h>
 #include <peft/methods/lora/delta.h>
 #include <peft/methods/lora/options.h>
 
@@ -231,7 +232,8 @@ class DoraDelta final : public Delta {
         lora_B,
         s,
         call.padding_idx,
-        call.scale_grad_by_freq);
+        call.scale_grad_by_freq,
+        call.sparse);
     return ((y + term) * (magnitude / norm)).to(y.scalar_type());
   }
 
@@ -370,8 +372,7 @@ class DoraDelta final : public Delta {
 
 namespace detail {
 
-/// A DoraDelta for `weight`. `name` is for messages. The magnitude starts from
-/// the weight as it stands, adapters that are active on it included.
+/// A DoraDelta for `weight`, a plain tensor. `name` is for messages.
 inline std::shared_ptr<DoraDelta> make_dora_delta(
     const LoraOptions& options,
     const Tensor& weight,

@@ -324,7 +324,9 @@ class LoraPlanner {
           "torch::nn::MultiheadAttention, here '",
           path,
           "' (neither does HF PEFT); name linear layers, or switch dora off");
-      delta = make_dora_delta(options_, weight, layout, scale, path, groups);
+      const at::NoGradGuard no_grad;
+      delta = make_dora_delta(
+          options_, effective(weight), layout, scale, path, groups);
     } else {
       delta = make_lora_delta(
           options_, weight, layout, scale, path, groups, enabled);
