@@ -155,43 +155,70 @@ void check(int64_t n, int64_t width, int64_t r, int64_t gap) {
 } // namespace
 
 TEST_CASE("Skinny products agree with float64 on every path", "[skinny]") {
+  const std::vector<int64_t> ranks{1, 3, 8, 20};
   for (auto isa : paths()) {
     const Path path(isa);
     CAPTURE(static_cast<int>(isa));
+    size_t turn = 0; // every rank meets every width
     for (int64_t n : {0, 1, 3, 17, 100}) {
       for (int64_t width : {1, 3, 7, 17, 100, 769, 1100}) {
-        for (int64_t r : {1, 3, 8, 20}) {
-          const int64_t gap = (n + width + r) % 3 * 5;
-          check<float>(n, width, r, gap);
-          check<c10::BFloat16>(n, width, r, gap);
-        }
+        const auto r = ranks[turn % 4], other = ranks[(turn + 2) % 4];
+        const int64_t gap = static_cast<int64_t>(turn % 3) * 5;
+        check<float>(n, width, r, gap);
+        check<c10::BFloat16>(n, width, other, gap);
+        ++turn;
       }
     }
   }
 }
 
-TEST_CASE("Skinny products are the same on several threads", "[skinny]") {
+TEST_CASE("Skinny products do not depend on the threads", "[skinny]") {
   const int before = torch::get_num_threads();
+  const int64_t n = 611, r = 8;
   for (auto isa : paths()) {
     const Path path(isa);
-    for (int threads : {2, 3}) {
-      torch::set_num_threads(threads);
-      check<float>(611, 513, 8, 3);
-      check<float>(611, 512, 8, 0);
-      check<c10::BFloat16>(611, 513, 8, 0);
-      const auto x = torch::randn({611, 512}), t = torch::randn({611, 8});
-      auto first = torch::empty({8, 512}), second = torch::empty({8, 512});
-      for (auto* G : {&first, &second}) {
-        cpu::outer<float>(
-            x.data_ptr<float>(),
-            512,
-            t.data_ptr<float>(),
-            G->data_ptr<float>(),
-            611,
-            512,
-            8);
+    for (int64_t width : {512, 513}) {
+      seed();
+      const auto x = torch::randn({n, width}), A = torch::randn({r, width});
+      const auto u = torch::randn({n, r});
+      auto floats = [](const Tensor& tensor) {
+        return tensor.data_ptr<float>();
+      };
+      // t, y, dt and twice G.
+      auto results = [&](int threads) {
+        std::vector<Tensor> out;
+        for (auto sizes : std::vector<std::vector<int64_t>>{
+                 {n, r}, {n, width}, {n, r}, {r, width}, {r, width}}) {
+          out.push_back(torch::empty(sizes));
+        }
+        const float *px = floats(x), *pA = floats(A), *pu = floats(u);
+        std::vector<float*> p;
+        for (const auto& tensor : out) {
+          p.push_back(floats(tensor));
+        }
+        torch::set_num_threads(threads);
+        cpu::project(px, width, pA, p[0], n, width, r, 1.0f);
+        cpu::expand<float>(pu, pA, nullptr, p[1], width, n, width, r, false);
+        cpu::project_and_outer(
+            px, width, pA, pu, p[2], p[3], n, width, r, 1.0f);
+        cpu::outer(px, width, pu, p[4], n, width, r);
+        torch::set_num_threads(1);
+        return out;
+      };
+      const auto alone = results(1);
+      const auto size = u.abs().t().mm(x.abs()).to(torch::kDouble);
+      for (int threads : {2, 3}) {
+        const auto some = results(threads), again = results(threads);
+        for (size_t i = 0; i < some.size(); ++i) {
+          CAPTURE(threads, i);
+          REQUIRE(equal_bits(some[i], again[i]));
+          if (i < 3) {
+            REQUIRE(equal_bits(some[i], alone[i]));
+          } else {
+            REQUIRE(near(some[i], alone[i].to(torch::kDouble), size, 1e-6));
+          }
+        }
       }
-      REQUIRE(equal_bits(first, second));
     }
   }
   torch::set_num_threads(before);
@@ -249,6 +276,13 @@ TEST_CASE("bfloat16 is rounded as LibTorch rounds it", "[skinny]") {
     REQUIRE(torch::equal(
         y.nan_to_num(0.0), row.to(torch::kBFloat16).nan_to_num(0.0)));
   }
+}
+
+TEST_CASE("Where there are fast kernels they are preferred", "[skinny]") {
+  REQUIRE(cpu::prefers_skinny(1024, 768, 8) == cpu::has_fast_skinny());
+  REQUIRE_FALSE(cpu::prefers_skinny(4096, 4096, 256));
+  const Path path(cpu::Isa::kPlain);
+  REQUIRE_FALSE(cpu::has_fast_skinny());
 }
 
 TEST_CASE("Transposing there and back", "[skinny]") {

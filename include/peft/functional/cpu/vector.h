@@ -33,12 +33,6 @@
 #define PEFT_UNROLL
 #endif
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-// Wide vectors are passed only between functions that are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 namespace peft {
 
 namespace functional {
@@ -91,12 +85,6 @@ template <class To, class From>
 PEFT_ALWAYS_INLINE void convert(To& to, const From& from) {
   to = __builtin_convertvector(from, To);
 }
-
-/// Clears the bits of the lanes of `word` where a < b.
-template <class Word>
-PEFT_ALWAYS_INLINE void keep_not_less(Word& word, const Word& a, uint32_t b) {
-  word = a >= b ? word : Word{};
-}
 #else
 constexpr int kPlainLanes = 1;
 
@@ -110,11 +98,6 @@ struct Vector {
 template <class To, class From>
 inline void convert(To& to, const From& from) {
   to = static_cast<To>(from);
-}
-
-template <class Word>
-inline void keep_not_less(Word& word, const Word& a, uint32_t b) {
-  word = a >= b ? word : Word(0);
 }
 #endif
 
@@ -131,6 +114,12 @@ template <class To, class From>
 PEFT_ALWAYS_INLINE void copy_bits(To& to, const From& from) {
   static_assert(sizeof(To) == sizeof(From), "peft: sizes differ");
   std::memcpy(&to, &from, sizeof(to));
+}
+
+/// Clears `word` in the lanes where a < b.
+template <class Word>
+PEFT_ALWAYS_INLINE void keep_not_less(Word& word, const Word& a, uint32_t b) {
+  word = a >= b ? word : Word{};
 }
 
 /// v = the elements at p, wherever they lie.
@@ -158,11 +147,10 @@ PEFT_ALWAYS_INLINE void store(float* p, const Floats<kLanes>& v) {
 /// Rounds to nearest even; a NaN becomes the quiet one.
 template <int kLanes>
 PEFT_ALWAYS_INLINE void store(c10::BFloat16* p, const Floats<kLanes>& v) {
-  Words<kLanes> word, nan = Words<kLanes>{} + 0x7fc0u;
+  Words<kLanes> word;
   copy_bits(word, v);
-  const Words<kLanes> magnitude = word & 0x7fffffffu;
-  keep_not_less(nan, magnitude, 0x7f800001u);
-  word = ((word + 0x7fffu + ((word >> 16) & 1u)) >> 16) | nan;
+  word = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  word = v != v ? Words<kLanes>{} + 0x7fc0u : word;
   typename Vector<kLanes>::Half half;
   convert(half, word);
   std::memcpy(p, &half, sizeof(half));
@@ -244,7 +232,3 @@ inline float* scratch(int64_t count) {
 } // namespace functional
 
 } // namespace peft
-
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
