@@ -51,6 +51,18 @@ def where(profile):
     return lines
 
 
+def ceiling(row):
+    """Where HF is already closer to the frozen network than the target asks."""
+    most = row.get("ratios", {}).get("HF/base")
+    return [
+        f"HF / base is {most['median']:.2f} on this machine: at the frozen network's "
+        f"own speed ours would be {most['median']:.2f} times faster than HF, and "
+        f"{t['value']:g} asks for less time than the frozen network takes"
+        for t in row.get("targets", [])
+        if most and t["ratio"] == "HF/ours" and not t["reached"]
+        and most["median"] < t["value"]]
+
+
 def reached(row):
     targets = row.get("targets", [])
     if not targets:
@@ -96,6 +108,7 @@ def markdown(report):
         ratios = row.get("ratios", {})
         mark = ""
         notes = list(row.get("notes", []))
+        notes += ceiling(row)
         if row.get("profile") and "**no**" in reached(row):
             notes += where(row["profile"])
         if notes:
