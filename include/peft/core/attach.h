@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <any>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -75,30 +76,35 @@ inline bool is_tied(const Tensor& a, const Tensor& b) {
       a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
-/// Registers `delta` below `node` at its parameter's path, so that its tensors
-/// are named "peft.<adapter>.<parameter path>.lora_A".
+/// Registers `delta` below `root` at its parameter's path, so that its tensors
+/// are named "peft.<adapter>.<parameter path>.lora_A". `known` is what has been
+/// registered so, by path.
 inline void register_at(
-    torch::nn::Module& node,
+    torch::nn::Module& root,
+    std::map<std::string, std::shared_ptr<torch::nn::Module>>& known,
     const std::string& path,
     const std::shared_ptr<Delta>& delta) {
-  const auto dot = path.find('.');
-  const std::string head = path.substr(0, dot);
-  const auto children = node.named_children();
-  const auto* child = children.find(head);
-  if (dot == std::string::npos) {
-    // A second delta of one adapter on one tensor stands beside the first.
-    std::string key = head;
-    for (int i = 2; node.named_children().contains(key); ++i) {
-      key = head + "_" + std::to_string(i);
+  torch::nn::Module* node = &root;
+  size_t begin = 0;
+  for (size_t dot; (dot = path.find('.', begin)) != std::string::npos;
+       begin = dot + 1) {
+    auto& next = known[path.substr(0, dot)];
+    if (!next) {
+      next = node->register_module(
+          path.substr(begin, dot - begin),
+          std::make_shared<torch::nn::Module>());
     }
-    node.register_module(
-        key, std::static_pointer_cast<torch::nn::Module>(delta));
-    return;
+    node = next.get();
   }
-  auto next = child != nullptr
-      ? *child
-      : node.register_module(head, std::make_shared<torch::nn::Module>());
-  register_at(*next, path.substr(dot + 1), delta);
+  // A second delta of one adapter on one tensor stands beside the first.
+  std::string key = path.substr(begin);
+  const std::string head = key;
+  for (int i = 2; !known.emplace(path.substr(0, begin) + key, delta).second;
+       ++i) {
+    key = head + "_" + std::to_string(i);
+  }
+  node->register_module(
+      key, std::static_pointer_cast<torch::nn::Module>(delta));
 }
 
 /// A tied weight that was named twice is adapted once, under its first name.
@@ -124,7 +130,7 @@ inline void drop_tied(std::vector<PlannedSite>& sites) {
 inline bool take_record(AdapterState& state, const Tensor& t) {
   auto& list = *state.required_grad;
   for (auto item = list.begin(); item != list.end(); ++item) {
-    if (lock_tensor(item->first).is_same(t)) {
+    if (item->first._unsafe_get_target() == t.unsafeGetTensorImpl()) {
       const bool required = item->second;
       list.erase(item);
       return required;
@@ -430,8 +436,9 @@ commit(torch::nn::Module& root, const std::string& name, Plan plan) {
     all.push_back(std::move(item)); // optimizers over the model see them
   }
   auto state = hang(name, std::move(plan), all, states_below(root));
+  std::map<std::string, std::shared_ptr<torch::nn::Module>> known;
   for (const auto& record : state->sites) {
-    register_at(*node, record.parameters.front(), record.delta);
+    register_at(*node, known, record.parameters.front(), record.delta);
   }
   node->train(root.is_training());
   if (!registry) {

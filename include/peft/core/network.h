@@ -227,11 +227,13 @@ inline std::string attention_around(
   const auto dot = name.rfind('.');
   const std::string last =
       dot == std::string::npos ? name : name.substr(dot + 1);
+  if (last != "out_proj") {
+    return "";
+  }
   const std::string parent =
       dot == std::string::npos ? "" : name.substr(0, dot);
   for (const auto& other : network) {
-    if (last == "out_proj" && other.name == parent &&
-        other.kind == LayerKind::attention) {
+    if (other.name == parent && other.kind == LayerKind::attention) {
       return parent;
     }
   }

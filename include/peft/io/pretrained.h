@@ -106,7 +106,7 @@ inline NamedTensorMap read_adapter_weights(
     }
     const auto file = SafetensorsFile::open(path.string());
     adapts_ties = file.metadata().count(kTiesMark) != 0;
-    return load_safetensors(path.string());
+    return load_safetensors(file);
   }
   TORCH_CHECK(
       !required, "peft: '", folder, "' holds no weights; looked for ", names);
@@ -145,9 +145,9 @@ inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
   for (const auto& site : plan.sites) {
     for (const auto& layer : network) {
       for (const auto& p : layer.parameters) {
-        const std::string path = layer.path(p.first);
-        if (path != site.parameter && is_tied(p.second, site.tensor)) {
-          return "'" + site.parameter + "' and '" + path + "'";
+        if (is_tied(p.second, site.tensor) &&
+            layer.path(p.first) != site.parameter) {
+          return "'" + site.parameter + "' and '" + layer.path(p.first) + "'";
         }
       }
     }

@@ -98,13 +98,14 @@ inline std::optional<uint64_t> checked_multiply(uint64_t a, uint64_t b) {
   return a * b;
 }
 
-/// A list of non-negative integers; `what` names it in errors.
-inline std::vector<uint64_t> read_sizes(
+/// A list of non-negative integers; `what()` names it in errors.
+template <class What>
+std::vector<uint64_t> read_sizes(
     const nlohmann::json& value,
-    const std::string& what) {
+    const What& what) {
   TORCH_CHECK(
       value.is_array(),
-      what,
+      what(),
       " must be a list of sizes, found ",
       value.type_name());
   std::vector<uint64_t> sizes;
@@ -112,7 +113,7 @@ inline std::vector<uint64_t> read_sizes(
   for (const auto& item : value) {
     TORCH_CHECK(
         item.is_number_unsigned(),
-        what,
+        what(),
         " must hold non-negative integers, found ",
         item.dump());
     sizes.push_back(item.get<uint64_t>());
@@ -120,20 +121,22 @@ inline std::vector<uint64_t> read_sizes(
   return sizes;
 }
 
-/// Checks one member of the header on its own; `what` names it in errors.
-inline SafetensorsEntry read_entry(
-    const nlohmann::json& value,
-    const std::string& what) {
+/// Checks one member of the header on its own; `what()` names it in errors.
+template <class What>
+SafetensorsEntry read_entry(const nlohmann::json& value, const What& what) {
   TORCH_CHECK(
-      value.is_object(), what, " must be an object, found ", value.type_name());
+      value.is_object(),
+      what(),
+      " must be an object, found ",
+      value.type_name());
   for (const char* field : {"dtype", "shape", "data_offsets"}) {
-    TORCH_CHECK(value.contains(field), what, " has no \"", field, '"');
+    TORCH_CHECK(value.contains(field), what(), " has no \"", field, '"');
   }
 
   const auto& dtype_name = value["dtype"];
   TORCH_CHECK(
       dtype_name.is_string(),
-      what,
+      what(),
       ": the dtype must be a string, found ",
       dtype_name.type_name());
   const auto& dtypes = safetensors_dtypes();
@@ -143,24 +146,26 @@ inline SafetensorsEntry read_entry(
       });
   TORCH_CHECK(
       dtype != dtypes.end(),
-      what,
+      what(),
       " has the unknown dtype ",
       StrictJsonBuilder::quoted(dtype_name.get<std::string>()));
 
-  const auto offsets =
-      read_sizes(value["data_offsets"], what + ": data_offsets");
+  const auto offsets = read_sizes(
+      value["data_offsets"], [&] { return what() + ": data_offsets"; });
   TORCH_CHECK(
       offsets.size() == 2 && offsets[0] <= offsets[1],
-      what,
+      what(),
       ": data_offsets must be [begin, end], found ",
       value["data_offsets"].dump());
 
   SafetensorsEntry entry{&*dtype, {}, offsets[0], offsets[1]};
   std::optional<uint64_t> bits = 1;
-  for (const uint64_t size : read_sizes(value["shape"], what + ": shape")) {
+  const auto shape =
+      read_sizes(value["shape"], [&] { return what() + ": shape"; });
+  for (const uint64_t size : shape) {
     TORCH_CHECK(
         size <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()),
-        what,
+        what(),
         ": the size ",
         size,
         " is more than a tensor can have");
@@ -169,12 +174,16 @@ inline SafetensorsEntry read_entry(
   }
   bits = bits ? checked_multiply(*bits, dtype->bits) : bits;
   TORCH_CHECK(
-      bits, what, ": the shape ", value["shape"].dump(), " overflows 64 bits");
+      bits,
+      what(),
+      ": the shape ",
+      value["shape"].dump(),
+      " overflows 64 bits");
   TORCH_CHECK(
-      *bits % 8 == 0, what, ": ", *bits, " bits do not fill whole bytes");
+      *bits % 8 == 0, what(), ": ", *bits, " bits do not fill whole bytes");
   TORCH_CHECK(
       *bits / 8 == entry.end - entry.begin,
-      what,
+      what(),
       ": dtype ",
       dtype->name,
       " and shape ",
@@ -320,12 +329,10 @@ class SafetensorsFile {
       if (item.key() == "__metadata__") {
         read_metadata(item.value(), cannot);
       } else {
-        entries_.emplace(
-            item.key(),
-            detail::read_entry(
-                item.value(),
-                cannot + "tensor " +
-                    detail::StrictJsonBuilder::quoted(item.key())));
+        entries_.emplace(item.key(), detail::read_entry(item.value(), [&] {
+                           return cannot + "tensor " +
+                               detail::StrictJsonBuilder::quoted(item.key());
+                         }));
         names_.push_back(item.key());
       }
     }
@@ -402,13 +409,16 @@ class SafetensorsFile {
 
 /// Every tensor of a file by name, on the CPU; see `SafetensorsFile::at`.
 inline std::map<std::string, torch::Tensor> load_safetensors(
-    const std::string& path) {
-  const auto file = SafetensorsFile::open(path);
+    const SafetensorsFile& file) {
   std::map<std::string, torch::Tensor> tensors;
   for (const auto& name : file.names()) {
     tensors.emplace(name, file.at(name));
   }
   return tensors;
+}
+inline std::map<std::string, torch::Tensor> load_safetensors(
+    const std::string& path) {
+  return load_safetensors(SafetensorsFile::open(path));
 }
 
 using SafetensorsMetadata = std::map<std::string, std::string>;
@@ -442,19 +452,22 @@ inline void save_safetensors(
   std::vector<Item> items;
   std::set<std::string> names;
   for (const auto& [name, tensor] : tensors) {
-    const auto what = "peft: cannot save tensor " +
-        StrictJsonBuilder::quoted(name) + " to \"" + path + "\": ";
-    TORCH_CHECK(name != "__metadata__", what, "the format reserves that name");
-    TORCH_CHECK(names.insert(name).second, what, "the name is given twice");
-    TORCH_CHECK(tensor.defined(), what, "it is undefined");
+    const auto what = [&, &named = name] {
+      return "peft: cannot save tensor " + StrictJsonBuilder::quoted(named) +
+          " to \"" + path + "\": ";
+    };
+    TORCH_CHECK(
+        name != "__metadata__", what(), "the format reserves that name");
+    TORCH_CHECK(names.insert(name).second, what(), "the name is given twice");
+    TORCH_CHECK(tensor.defined(), what(), "it is undefined");
     TORCH_CHECK(
         tensor.layout() == torch::kStrided,
-        what,
+        what(),
         "its layout is ",
         tensor.layout(),
         "; make it dense first");
     TORCH_CHECK(
-        !tensor.is_meta(), what, "it is on the meta device, without data");
+        !tensor.is_meta(), what(), "it is on the meta device, without data");
     const auto dtype = std::find_if(
         dtypes.begin(),
         dtypes.end(),
@@ -463,7 +476,7 @@ inline void save_safetensors(
         });
     TORCH_CHECK(
         dtype != dtypes.end(),
-        what,
+        what(),
         "the format has no dtype for ",
         tensor.scalar_type());
     items.push_back({&name, &tensor, &*dtype});
@@ -521,9 +534,11 @@ inline void save_safetensors(
       " bytes, more than the allowed ",
       detail::kSafetensorsMaxHeader);
 
+  // Small tensors are gathered: a call to the system for each costs more.
+  constexpr size_t kGathered = size_t{1} << 18;
   detail::AtomicFile file(path);
   file.write(&length, 8);
-  file.write(header);
+  std::string gathered = std::move(header);
   for (const auto& item : items) {
     const auto tensor = base(*item.tensor)
                             .detach()
@@ -531,8 +546,19 @@ inline void save_safetensors(
                             .resolve_conj()
                             .resolve_neg()
                             .contiguous();
-    file.write(tensor.const_data_ptr(), item.bytes());
+    const size_t bytes = item.bytes();
+    if (gathered.size() + bytes > kGathered) {
+      file.write(gathered);
+      gathered.clear();
+    }
+    const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+    if (bytes > kGathered) {
+      file.write(data, bytes);
+    } else if (bytes > 0) {
+      gathered.append(data, bytes);
+    }
   }
+  file.write(gathered);
   file.commit();
 }
 

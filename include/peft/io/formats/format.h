@@ -74,6 +74,9 @@ inline NamedTensorMap normalise_keys(
       best = std::move(candidate);
       best_count = count;
     }
+    if (best_count == tensors.size()) { // nothing fits better
+      break;
+    }
   }
   return best;
 }
