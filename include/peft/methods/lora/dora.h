@@ -12,12 +12,11 @@
 #include <peft/core/delta.h>
 #include <peft/functional/dora.h>
 #include <peft/functional/sparse_embedding.h>
+#include <peft/functional/stamp.h>
 #include <peft/methods/lora/delta.h>
 #include <peft/methods/lora/options.h>
 
-#include <ATen/TracerMode.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/StorageImpl.h>
 
 #include <algorithm>
 #include <memory>
@@ -31,35 +30,6 @@ namespace peft {
 
 namespace detail {
 
-/// What a tensor held at some time: its memory, which the weak reference keeps
-/// from being used again, and its version.
-class Stamp {
- public:
-  /// None where a change would go unseen.
-  static std::optional<Stamp> of(const Tensor& t) {
-    const bool unseen = t.is_inference() || !t.has_storage() ||
-        at::tracer::impl::is_dispatch_enabled() ||
-        c10::impl::tls_is_dispatch_key_included(
-                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-    return unseen ? std::nullopt : std::optional<Stamp>(Stamp(t));
-  }
-  bool operator==(const Stamp& other) const {
-    return storage_._unsafe_get_target() ==
-        other.storage_._unsafe_get_target() &&
-        offset_ == other.offset_ && version_ == other.version_;
-  }
-
- private:
-  explicit Stamp(const Tensor& t)
-      : storage_(t.storage().getWeakStorageImpl()),
-        offset_(t.storage_offset()),
-        version_(t._version()) {}
-
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage_;
-  int64_t offset_;
-  int64_t version_;
-};
-
 /// Keeps ‖W_i‖² while W stays, and outside of training the whole norm while W,
 /// A and B stay. Threads may share it.
 class DoraNormCache {
@@ -68,6 +38,7 @@ class DoraNormCache {
     const bool training = at::GradMode::is_enabled(); // A and B are to move
     const c10::InferenceMode off(false); // what is kept may meet autograd later
     const at::NoGradGuard no_grad;
+    using functional::Stamp;
     const auto at_W = Stamp::of(W), at_A = Stamp::of(A), at_B = Stamp::of(B);
     Tensor squares;
     {
@@ -96,7 +67,7 @@ class DoraNormCache {
 
  private:
   std::mutex mutex_;
-  std::optional<Stamp> W_, A_, B_;
+  std::optional<functional::Stamp> W_, A_, B_;
   Tensor squares_, norm_;
   double scale_ = 0.0;
 };
@@ -212,6 +183,18 @@ class DoraDelta final : public Delta {
         [&](const Tensor& x) {
           return at::linear(at::linear(x, lora_A), B).mul(s);
         });
+  }
+
+  int64_t linear_cost() const override {
+    return dropout_now() > 0.0
+        ? 0
+        : lora_A.numel() + lora_B.numel() + magnitude.numel();
+  }
+  void visit_state(
+      c10::function_ref<void(const Tensor&)> visit) const override {
+    visit(lora_A);
+    visit(lora_B);
+    visit(magnitude);
   }
 
   bool has_embedding() const override {
