@@ -10,7 +10,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/SmallVector.h>
 
-#include <memory>
+#include <cstdint>
+#include <mutex>
 
 namespace peft {
 
@@ -22,37 +23,27 @@ using torch::Tensor;
 /// since (in a way that its version counter sees). Threads may share it.
 class TransposedCache {
  public:
-  TransposedCache() = default;
-  /// A copy starts empty.
-  TransposedCache(const TransposedCache& /*other*/) {}
-  TransposedCache& operator=(const TransposedCache& /*other*/) {
-    return *this;
-  }
-
   /// B [out, r], contiguous float32 on the CPU and not made in inference mode
   /// (which counts no versions) → [r, out].
   Tensor of(const Tensor& B) const {
-    auto kept = std::atomic_load(&kept_);
-    const auto version =
-        B.unsafeGetTensorImpl()->version_counter().current_version();
-    if (!kept || kept->version != version ||
-        kept->source.const_data_ptr() != B.const_data_ptr() ||
-        kept->source.sizes() != B.sizes()) {
-      at::NoGradGuard no_grad;
-      kept = std::make_shared<const Kept>(
-          Kept{B.detach(), B.t().contiguous(), version});
-      std::atomic_store(&kept_, kept);
+    const auto version = B._version();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!source_.defined() || version_ != version ||
+        source_.const_data_ptr() != B.const_data_ptr() ||
+        source_.sizes() != B.sizes()) {
+      const at::NoGradGuard no_grad;
+      source_ = B.detach();
+      transposed_ = B.t().contiguous();
+      version_ = version;
     }
-    return kept->transposed;
+    return transposed_;
   }
 
  private:
-  struct Kept {
-    Tensor source; // so that no other tensor takes its address
-    Tensor transposed;
-    uint32_t version;
-  };
-  mutable std::shared_ptr<const Kept> kept_;
+  mutable std::mutex mutex_;
+  mutable Tensor source_; // held, so that no other tensor takes its address
+  mutable Tensor transposed_;
+  mutable int64_t version_ = 0;
 };
 
 /// Whether add_lora_rows serves: plain float32 rows on the CPU.
