@@ -25,7 +25,10 @@
 
 // Loops over the registers of a tile must vanish, also in a build without
 // optimisation, where GCC optimises the kernels all the same.
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#define PEFT_KERNEL
+#define PEFT_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
 #define PEFT_KERNEL __attribute__((optimize("O3")))
 #define PEFT_UNROLL _Pragma("GCC unroll 16")
 #else
