@@ -159,6 +159,11 @@ class Run {
       forward_(x_);
     }
   }
+  void drop_gradients() {
+    for (auto& item : leaves_) {
+      item.second.mutable_grad() = Tensor();
+    }
+  }
   /// y and every gradient of one step.
   Tensors results() {
     Tensors all{{"y", step().detach()}};
@@ -170,9 +175,7 @@ class Run {
 
  private:
   Tensor step() {
-    for (auto& item : leaves_) {
-      item.second.mutable_grad() = Tensor();
-    }
+    drop_gradients();
     Tensor y = forward_(x_);
     torch::autograd::backward({y}, {dy_});
     return y;
@@ -542,6 +545,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("forward", &Run::forward, Unlocked())
       .def("train", &Run::train, Unlocked())
       .def("infer", &Run::infer, Unlocked())
+      .def("drop_gradients", &Run::drop_gradients)
       .def("results", &Run::results, Unlocked());
   py::class_<Files>(m, "Files")
       .def(py::init<int64_t, int64_t, int64_t>())

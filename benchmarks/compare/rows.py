@@ -398,10 +398,13 @@ class Encoder:
     def forward(self):
         return self.encoder(self.x).last_hidden_state
 
-    def hf_step(self):
+    def drop_gradients(self):
         self.x.grad = None
         for p in self.tensors.values():
             p.grad = None
+
+    def hf_step(self):
+        self.drop_gradients()
         y = self.forward()
         y.backward(self.dy)
         return y
@@ -450,15 +453,16 @@ def memory(dropout, what):
     def make():
         both, errors = checked_encoder(dropout)
         steps = {
-            "HF": (both.forward, both.hf_step),
-            "ours": (both.run.forward, lambda: both.run.train(1)),
-            "base": (both.base.forward, lambda: both.base.train(1))}
+            "HF": (both, both.hf_step),
+            "ours": (both.run, lambda: both.run.train(1)),
+            "base": (both.base, lambda: both.base.train(1))}
         found = {}
-        for name, (forward, whole) in steps.items():
+        for name, (side, whole) in steps.items():
             whole()  # what is made once is there
+            side.drop_gradients()
             if what == "held":
                 account = ours.Account()
-                y = forward()
+                y = side.forward()
                 found[name] = account.held
                 account.stop()
                 del y
