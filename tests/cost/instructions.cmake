@@ -71,9 +71,11 @@ foreach(rows 1 16)
   foreach(kind step forward)
     # Never slower than the formula written by hand.
     expect(${kind}_${rows}_adapted ${kind}_${rows}_composed 1000)
-    # Merged, the network is the frozen one.
-    expect(${kind}_${rows}_merged ${kind}_${rows}_base 1001)
   endforeach()
+  # Merged, the network is the frozen one; a backward pass has maps keyed by
+  # addresses, whose chains differ by some 160 instructions.
+  expect(forward_${rows}_merged forward_${rows}_base 1001)
+  expect(step_${rows}_merged step_${rows}_base 1003)
   expect(step_${rows}_adapted_dropout step_${rows}_composed_dropout 1000)
 endforeach()
 # By hand it is 3.4; the least, two more leaves and the arithmetic, about 1.4.
