@@ -72,8 +72,8 @@ foreach(rows 1 16)
     # Never slower than the formula written by hand.
     expect(${kind}_${rows}_adapted ${kind}_${rows}_composed 1000)
   endforeach()
-  # Merged, the network is the frozen one; a backward pass has maps keyed by
-  # addresses, whose chains differ by some 160 instructions.
+  # Merged, the network is the frozen one; a whole step differs by some 160
+  # instructions between two equal layers, either way.
   expect(forward_${rows}_merged forward_${rows}_base 1001)
   expect(step_${rows}_merged step_${rows}_base 1003)
   expect(step_${rows}_adapted_dropout step_${rows}_composed_dropout 1000)
