@@ -79,16 +79,18 @@ struct LoraResult {
   double t_scale = 1.0; // what t lacks of s
 };
 
-/// Set by tests, to see both ways wherever they run.
+/// Set by tests: which of both ways, wherever they run; and torch's own mask in
+/// the place of the counter's, so that a seed gives what it gives in Python.
 inline std::optional<bool> kernels_chosen;
+inline bool torch_dropout = false;
 
 /// Whether the CPU kernels make the skinny products: float32, or bfloat16 with
 /// float32 factors.
 inline bool by_kernels(const Tensor& x, const Tensor& A, const Tensor& B) {
   const int64_t width = x.size(-1);
   const auto dtype = x.scalar_type();
-  const bool possible = x.is_cpu() && width > 0 &&
-      (dtype == at::kFloat || dtype == at::kBFloat16) &&
+  const bool possible = width > 0 && is_readable(x) && is_readable(A) &&
+      is_readable(B) && (dtype == at::kFloat || dtype == at::kBFloat16) &&
       A.scalar_type() == at::kFloat && A.is_contiguous() && B.is_contiguous();
   if (!possible || kernels_chosen) {
     return possible && *kernels_chosen;
@@ -461,7 +463,7 @@ struct LoraBackward : torch::autograd::Node {
     }
     LoraGrads result;
     if (wants.x || wants.A || wants.B) {
-      result = BT.defined() && !again
+      result = BT.defined() && !again && is_readable(dy)
           ? lora_backward_by_kernels(
                 x, weight, A, t, BT, dy, grad_of_t, call, wants)
           : lora_backward_by_operators(

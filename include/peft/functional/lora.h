@@ -8,7 +8,6 @@
 #include <peft/functional/fused_lora.h>
 
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 #include <torch/types.h>
 
 #include <memory>
@@ -71,8 +70,8 @@ inline bool has_tangent(const Tensor& t) {
 }
 
 /// Whether the fused function computes this call: plain tensors of one dtype,
-/// or a half-precision base beside float32 factors, outside autocast and
-/// function transforms. On a GPU dropout is torch's own.
+/// or a half-precision base beside float32 factors, outside autocast, function
+/// transforms and tracing. On a GPU dropout is torch's own.
 inline bool can_fuse(
     const Tensor& x,
     const Tensor& weight,
@@ -84,10 +83,7 @@ inline bool can_fuse(
       B.scalar_type() == factors &&
       (factors == dtype ||
        (factors == at::kFloat && c10::isReducedFloatingType(dtype))) &&
-      (dropout <= 0.0 || x.is_cpu()) &&
-      !at::autocast::is_autocast_enabled(x.device().type()) &&
-      !c10::impl::tls_is_dispatch_key_included(
-             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+      (dropout <= 0.0 || (x.is_cpu() && !torch_dropout)) && runs_plainly(x.device().type()) &&
       !has_tangent(x) && !has_tangent(A) && !has_tangent(B) &&
       !has_tangent(weight);
 }

@@ -60,10 +60,8 @@ class PackedMatrix {
   /// the matrix, and a large one is better read where both passes find it;
   /// without wide vectors the library's product wins for many rows.
   bool serves(int64_t n) const {
-    if (n <= 1) {
-      return n == 1 && sizes_[0] * sizes_[1] <= kOneRow;
-    }
-    return forward_.is_wide() || n <= 16;
+    return forward_.is_wide() && n > 0 &&
+        (n > 1 || sizes_[0] * sizes_[1] <= kOneRow);
   }
 
   /// y2 = bias + t UT + x2 Wᵀ, or with `backward` x2 W. x2 [n, k] has unit
@@ -207,22 +205,25 @@ struct PackedLinear : torch::autograd::Function<PackedLinear> {
   }
 };
 
-/// A float32 tensor on the CPU whose numbers can be read where they lie.
-inline bool is_plain_float(const at::Tensor& t) {
+/// A tensor on the CPU whose numbers can be read where they lie.
+inline bool is_readable(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special(
       {c10::DispatchKey::Negative,
        c10::DispatchKey::ZeroTensor,
        c10::DispatchKey::Python});
-  return t.is_cpu() && t.scalar_type() == at::kFloat &&
-      t.layout() == at::kStrided && !t.key_set().has_any(special) &&
+  return t.is_cpu() && t.layout() == at::kStrided &&
+      !t.key_set().has_any(special);
+}
+inline bool is_plain_float(const at::Tensor& t) {
+  return is_readable(t) && t.scalar_type() == at::kFloat &&
       !t._fw_grad(/*level=*/0).defined();
 }
 
 /// Whether operators mean what they say: no autocast, function transform or
 /// tracer, which must see torch's own.
-inline bool runs_plainly() {
+inline bool runs_plainly(at::DeviceType device = at::kCPU) {
   using c10::impl::tls_is_dispatch_key_included;
-  return !at::autocast::is_autocast_enabled(at::kCPU) &&
+  return !at::autocast::is_autocast_enabled(device) &&
       !tls_is_dispatch_key_included(
           c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
       !tls_is_dispatch_key_included(c10::DispatchKey::Tracer);

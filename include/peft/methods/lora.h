@@ -5,11 +5,13 @@
 //   W' = W + s · B A,   A [r, in],  B [out, r],  s = alpha / r
 //
 // A is Gaussian and B zero at the start, so the network starts as it was.
-// rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) takes s = alpha / √r.
+// rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) takes s = alpha / √r. DoRA, with
+// a magnitude for each output, is an option: dora(true).
 
 #include <peft/methods/lora/options.h> // LoraOptions
 #include <peft/functional/lora.h> // the formula on tensors
 #include <peft/methods/lora/delta.h> // A and B at one weight
+#include <peft/methods/lora/dora.h> // and a magnitude for each output
 #include <peft/methods/lora/placement.h> // which weights
 #include <peft/methods/lora/layer.h> // Lora<torch::nn::Linear>
 

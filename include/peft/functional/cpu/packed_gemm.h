@@ -18,12 +18,6 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__clang__)
-#define PEFT_UNROLL_TILE _Pragma("clang loop unroll(full)")
-#else
-#define PEFT_UNROLL_TILE PEFT_UNROLL
-#endif
-
 namespace peft {
 
 namespace functional {
@@ -59,21 +53,21 @@ PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
   using detail::load;
   using detail::store;
   detail::Floats<Lanes> sum[Rows][Count], w[Count];
-  PEFT_UNROLL_TILE
+  PEFT_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
       load<Lanes>(sum[i][c], tile.init + i * tile.ldi + c * Lanes);
     }
   }
   for (int64_t z = 0; z < tile.r; ++z) {
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
       load<Lanes>(w[c], tile.u + z * tile.ldu + c * Lanes);
     }
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      PEFT_UNROLL_TILE
+      PEFT_UNROLL
       for (int c = 0; c < Count; ++c) {
         sum[i][c] += tile.t[i * tile.r + z] * w[c];
       }
@@ -82,13 +76,13 @@ PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
   const float* x = tile.x;
   const float* panel = tile.panel;
   for (int64_t step = 0; step < tile.steps; ++step) {
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
       load<Lanes>(w[c], panel + c * Lanes);
     }
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      PEFT_UNROLL_TILE
+      PEFT_UNROLL
       for (int c = 0; c < Count; ++c) {
         sum[i][c] += x[i * kStride] * w[c];
       }
@@ -96,9 +90,9 @@ PEFT_ALWAYS_INLINE void run_tile(const Tile& tile) {
     panel += Count * Lanes;
     ++x;
   }
-  PEFT_UNROLL_TILE
+  PEFT_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    PEFT_UNROLL_TILE
+    PEFT_UNROLL
     for (int c = 0; c < Count; ++c) {
       store<Lanes>(tile.y + i * tile.ldy + c * Lanes, sum[i][c]);
     }
@@ -382,4 +376,3 @@ class Panels {
 
 } // namespace peft
 
-#undef PEFT_UNROLL_TILE

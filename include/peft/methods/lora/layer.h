@@ -93,11 +93,11 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
       : ExplicitLayer<Base, LoraImpl<Base>>(layer), options(options_) {
     detail::check(options);
     TORCH_CHECK_VALUE(
-        !options.lora_bias() && !options.fan_in_fan_out() &&
-            options.bias() == "none" && options.modules_to_save().empty() &&
+        !options.dora() && !options.lora_bias() &&
+            !options.fan_in_fan_out() && options.bias() == "none" && options.modules_to_save().empty() &&
             options.enable_lora().empty(),
-        "peft: an explicit layer takes no lora_bias, fan_in_fan_out, bias, "
-        "modules_to_save or enable_lora; attach() does");
+        "peft: an explicit layer takes no dora, lora_bias, fan_in_fan_out, "
+        "bias, modules_to_save or enable_lora; attach() does");
     Layer description;
     description.parameters = {{"weight", this->base_layer->weight}};
     detail::describe_layer(*this->base_layer, description);
