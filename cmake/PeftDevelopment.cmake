@@ -79,7 +79,8 @@ if(PEFT_CLANG_FORMAT)
        "${PROJECT_SOURCE_DIR}/tests/*.h" "${PROJECT_SOURCE_DIR}/tests/*.cpp"
        "${PROJECT_SOURCE_DIR}/examples/*.h"
        "${PROJECT_SOURCE_DIR}/examples/*.cpp"
-       "${PROJECT_SOURCE_DIR}/benchmarks/*.cpp")
+       "${PROJECT_SOURCE_DIR}/benchmarks/*.cpp"
+       "${PROJECT_SOURCE_DIR}/benchmarks/*.h")
   add_custom_target(format COMMAND "${PEFT_CLANG_FORMAT}" -i ${_formatted})
   add_custom_target(format_check COMMAND "${PEFT_CLANG_FORMAT}" --dry-run
                     --Werror ${_formatted})

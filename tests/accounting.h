@@ -86,4 +86,18 @@ class Memory {
   c10::DebugInfoGuard guard_{c10::DebugInfoKind::PROFILER_STATE, log_};
 };
 
+/// The size in bytes of every allocation that `f` makes on this thread.
+template <class F>
+std::vector<int64_t> sizes_of(F&& f) {
+  const Memory memory;
+  f();
+  return memory.sizes();
+}
+
+/// How many of them take `bytes` or more.
+inline int64_t at_least(const std::vector<int64_t>& sizes, int64_t bytes) {
+  return std::count_if(
+      sizes.begin(), sizes.end(), [&](int64_t size) { return size >= bytes; });
+}
+
 } // namespace accounting

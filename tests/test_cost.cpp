@@ -250,10 +250,11 @@ TEST_CASE("A LoRA step skips what nobody asks for", "[cost]") {
   }
   SECTION("without gradients nothing is held but y") {
     const torch::NoGradGuard no_grad;
+    layer.linear->forward(layer.x); // the kernels keep B transposed
     const Memory memory;
     const Tensor y = layer.linear->forward(layer.x);
     CHECK(memory.held() == layer.y_size);
-    CHECK(memory.allocated() == layer.y_size + layer.t_size + layer.kept_B);
+    CHECK(memory.allocated() == layer.y_size + layer.t_size);
   }
 }
 
@@ -307,9 +308,7 @@ TEST_CASE("Evaluation may keep the effective weight", "[cost]") {
   CHECK(count(kept.names, "aten::addmm") <= 2); // as called, as run
 }
 
-TEST_CASE(
-    "A step of BERT base allocates what the frozen one does",
-    "[cost][!mayfail]") { // 1.0113 while B's gradient is made twice
+TEST_CASE("A step of BERT base allocates what the frozen one does", "[cost]") {
   const double dropout = GENERATE(0.0, 0.1);
   const auto options = models::BertOptions()
                            .num_hidden_layers(4)

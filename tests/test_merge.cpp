@@ -1,7 +1,7 @@
 /// merge and unmerge: to the bit, in any order, or not at all.
 
 #include "adapted.h"
-#include "allocations.h"
+#include "accounting.h"
 #include "model_state.h"
 #include "networks.h"
 #include "test.h"
@@ -608,17 +608,17 @@ TEST_CASE("a merge makes no second matrix of the weight's size") {
       const Tensor value = peft::effective(weight).detach();
 
       CHECK(
-          allocations::at_least(
-              allocations::made_by([&] { adapter.merge(); }), bytes / 2) == 1);
+          accounting::at_least(
+              accounting::sizes_of([&] { adapter.merge(); }), bytes / 2) == 1);
       CHECK(close(peft::base(weight).detach(), value));
       CHECK(
-          allocations::at_least(
-              allocations::made_by([&] { adapter.unmerge(); }), bytes / 2) ==
+          accounting::at_least(
+              accounting::sizes_of([&] { adapter.unmerge(); }), bytes / 2) ==
           0);
       CHECK(equal_bits(peft::base(weight).detach(), plain));
       CHECK(
-          allocations::at_least(
-              allocations::made_by([&] { peft::merge(*row.module); }),
+          accounting::at_least(
+              accounting::sizes_of([&] { peft::merge(*row.module); }),
               bytes / 2) == 0);
       CHECK(close(weight.detach(), value));
     }

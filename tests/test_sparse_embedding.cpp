@@ -1,7 +1,7 @@
 /// Sparse gradients for LoRA on an embedding.
 
 #include "adapted.h"
-#include "allocations.h"
+#include "accounting.h"
 #include "test.h"
 
 #include <memory>
@@ -140,14 +140,14 @@ TEST_CASE("nothing of the table's length is made for a sparse gradient") {
   const Tensor ids = torch::randint(num, {32}, torch::kLong);
   Tensor y;
   const auto forward =
-      allocations::made_by([&] { y = module->forward(ids).sum(); });
-  const auto backward = allocations::made_by([&] { y.backward(); });
+      accounting::sizes_of([&] { y = module->forward(ids).sum(); });
+  const auto backward = accounting::sizes_of([&] { y.backward(); });
   CHECK(forward.size() + backward.size() > 5);
-  CHECK(allocations::at_least(forward, num) == 0);
-  CHECK(allocations::at_least(backward, num) == 0);
+  CHECK(accounting::at_least(forward, num) == 0);
+  CHECK(accounting::at_least(backward, num) == 0);
   torch::optim::SGD optimizer({lora(adapter).lora_A}, 0.1);
-  const auto step = allocations::made_by([&] { optimizer.step(); });
-  CHECK(allocations::at_least(step, num) == 0);
+  const auto step = accounting::sizes_of([&] { optimizer.step(); });
+  CHECK(accounting::at_least(step, num) == 0);
 }
 
 TEST_CASE("a dense gradient's forward reads rows of the table only") {
@@ -155,9 +155,9 @@ TEST_CASE("a dense gradient's forward reads rows of the table only") {
   nn::Embedding module(num, 4);
   auto adapter = peft::attach(*module, adapted::acting(""));
   const Tensor ids = torch::randint(num, {32}, torch::kLong);
-  const auto forward = allocations::made_by([&] { module->forward(ids); });
+  const auto forward = accounting::sizes_of([&] { module->forward(ids); });
   CHECK_FALSE(forward.empty());
-  CHECK(allocations::at_least(forward, num) == 0);
+  CHECK(accounting::at_least(forward, num) == 0);
 }
 
 TEST_CASE("optimizers that take sparse gradients step as with dense ones") {

@@ -78,8 +78,8 @@ foreach(rows 1 16)
   expect(step_${rows}_merged step_${rows}_base 1003)
   expect(step_${rows}_adapted_dropout step_${rows}_composed_dropout 1000)
 endforeach()
-# By hand it is 3.4; the least, two more leaves and the arithmetic, about 1.4.
-expect(step_16_adapted step_16_base 2000)
+# Measured 1.70; by hand 3.4. Another CPU has other matrix products.
+expect(step_16_adapted step_16_base 1800)
 if(failures)
   message(FATAL_ERROR "An adapter costs more than it may:${failures}")
 endif()

@@ -60,6 +60,7 @@ struct LoraArgs {
   CounterDropout dropout{};
   std::shared_ptr<const PackedMatrix> packed = nullptr;
   bool transposed = false; // `packed` is of the weight's transpose
+  Tensor BT{}; // the transpose of B, where the caller has it
 
   bool has_bias() const {
     return bias.has_value() && bias->defined();
@@ -237,9 +238,15 @@ inline LoraResult lora_forward(
   if (by_kernels(x, A, B)) {
     const Tensor x2 = as_rows(x);
     const int64_t r = B.size(1), out = B.size(0);
-    result.BT = at::empty({r, out}, B.options());
-    cpu::transpose(
-        B.const_data_ptr<float>(), result.BT.mutable_data_ptr<float>(), out, r);
+    result.BT = args.BT;
+    if (!result.BT.defined()) {
+      result.BT = at::empty({r, out}, B.options());
+      cpu::transpose(
+          B.const_data_ptr<float>(),
+          result.BT.mutable_data_ptr<float>(),
+          out,
+          r);
+    }
     result.t = project(x2, A, args.scale, args.dropout);
     result.y = empty_output(x, out);
     start_and_multiply(
@@ -316,41 +323,47 @@ inline LoraGrads lora_backward_by_kernels(
     const Tensor& grad_of_t,
     const LoraCall& call,
     const LoraWants& wants) {
-  const CounterDropout none{};
   const LoraArgs& args = call.args;
   const Tensor dy = as_rows(grad);
   const int64_t n = dy.size(0), out = dy.size(1), r = A.size(0);
   LoraGrads grads;
-  Tensor dt, dBT;
-  if (wants.B && (wants.x || wants.A)) {
+  Tensor dt;
+  // dBᵀ is summed in memory of the thread's own: only dB is handed out.
+  float* dBT = wants.B ? cpu::detail::scratch<3>(r * out) : nullptr;
+  if (wants.x || wants.A) {
     dt = at::empty({n, r}, A.options());
-    dBT = at::empty({r, out}, A.options());
-    with_element_of(dy, [&](auto element) {
-      using T = decltype(element);
+  }
+  with_element_of(dy, [&](auto element) {
+    using T = decltype(element);
+    const T* from = dy.const_data_ptr<T>();
+    const float* up = BT.const_data_ptr<float>();
+    const auto scale = static_cast<float>(args.scale);
+    const auto ld = dy.stride(0);
+    if (dt.defined() && wants.B) {
       cpu::project_and_outer<T>(
-          dy.const_data_ptr<T>(),
-          dy.stride(0),
-          BT.const_data_ptr<float>(),
+          from,
+          ld,
+          up,
           t.const_data_ptr<float>(),
           dt.mutable_data_ptr<float>(),
-          dBT.mutable_data_ptr<float>(),
+          dBT,
           n,
           out,
           r,
-          static_cast<float>(args.scale));
-    });
-  } else if (wants.B) {
-    dBT = outer(dy, t, none);
-  } else {
-    dt = project(dy, BT, args.scale, none);
-  }
+          scale);
+    } else if (wants.B) {
+      cpu::outer<T>(from, ld, t.const_data_ptr<float>(), dBT, n, out, r);
+    } else {
+      cpu::project<T>(
+          from, ld, up, dt.mutable_data_ptr<float>(), n, out, r, scale);
+    }
+  });
   if (grad_of_t.defined() && dt.defined()) {
     dt.add_(grad_of_t, args.scale / call.t_scale);
   }
   if (wants.B) { // t holds s
     grads.B = at::empty({out, r}, A.options());
-    cpu::transpose(
-        dBT.const_data_ptr<float>(), grads.B.mutable_data_ptr<float>(), r, out);
+    cpu::transpose(dBT, grads.B.mutable_data_ptr<float>(), r, out);
   }
   if (wants.A) {
     grads.A = outer(as_rows(x), dt, args.dropout);

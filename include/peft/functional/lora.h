@@ -83,9 +83,9 @@ inline bool can_fuse(
       B.scalar_type() == factors &&
       (factors == dtype ||
        (factors == at::kFloat && c10::isReducedFloatingType(dtype))) &&
-      (dropout <= 0.0 || (x.is_cpu() && !torch_dropout)) && runs_plainly(x.device().type()) &&
-      !has_tangent(x) && !has_tangent(A) && !has_tangent(B) &&
-      !has_tangent(weight);
+      (dropout <= 0.0 || (x.is_cpu() && !torch_dropout)) &&
+      runs_plainly(x.device().type()) && !has_tangent(x) && !has_tangent(A) &&
+      !has_tangent(B) && !has_tangent(weight);
 }
 
 } // namespace detail
@@ -93,7 +93,8 @@ inline bool can_fuse(
 /// LoRA on a linear map. x [*, in], weight [out, in], bias [out] or absent,
 /// A [r, in], B [out, r] → [*, out] in the dtype of the base's result.
 /// `dropout` is the probability to apply now: 0 outside training. `packed` is
-/// the frozen weight (or, when `transposed`, its transpose) prepacked.
+/// the frozen weight (or, when `transposed`, its transpose) prepacked, `BT` the
+/// transpose of B where the caller keeps it.
 inline Tensor lora_linear(
     const Tensor& x,
     const Tensor& weight,
@@ -103,11 +104,13 @@ inline Tensor lora_linear(
     double scale,
     double dropout = 0.0,
     const std::shared_ptr<const PackedMatrix>& packed = nullptr,
-    bool transposed = false) {
+    bool transposed = false,
+    const Tensor& BT = {}) {
   if (!detail::can_fuse(x, weight, A, B, dropout)) {
     return detail::lora_linear_composed(x, weight, bias, A, B, scale, dropout);
   }
-  detail::LoraArgs args{bias, scale, draw_dropout(dropout), packed, transposed};
+  detail::LoraArgs args{
+      bias, scale, draw_dropout(dropout), packed, transposed, BT};
   const bool needs_grad = at::GradMode::is_enabled() &&
       (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
        weight.requires_grad() || (args.has_bias() && bias->requires_grad()));

@@ -375,4 +375,3 @@ class Panels {
 } // namespace functional
 
 } // namespace peft
-

@@ -29,8 +29,8 @@ namespace cpu {
 /// Whether fast kernels exist in this build on this machine; the functions
 /// below are right in any case.
 inline bool has_fast_skinny() {
-#if defined(__OPTIMIZE__)
-  return detail::isa() != Isa::kPlain;
+#if defined(__OPTIMIZE__) || (defined(__GNUC__) && !defined(__clang__))
+  return detail::isa() != Isa::kPlain; // GCC always optimises a PEFT_KERNEL
 #else
   return false;
 #endif
@@ -349,8 +349,43 @@ void project_and_outer(
       {dy, ldy, m, r, m, nullptr, BT, dt, scale, t, nullptr}, n, G);
 }
 
+namespace detail {
+
+/// The transpose where one side is Narrow: a row of it is one stretch of code.
+template <int Narrow>
+PEFT_KERNEL void
+transpose_narrow(const float* from, float* to, int64_t m, int64_t r) {
+  if (r == Narrow) {
+    for (int64_t i = 0; i < m; ++i) {
+      PEFT_UNROLL
+      for (int z = 0; z < Narrow; ++z) {
+        to[z * m + i] = from[i * Narrow + z];
+      }
+    }
+    return;
+  }
+  for (int64_t z = 0; z < r; ++z) {
+    PEFT_UNROLL
+    for (int i = 0; i < Narrow; ++i) {
+      to[z * Narrow + i] = from[i * r + z];
+    }
+  }
+}
+
+} // namespace detail
+
 /// BT [r, m] = Bᵀ of B [m, r].
 inline void transpose(const float* B, float* BT, int64_t m, int64_t r) {
+  switch (std::min(m, r)) {
+    case 4:
+      return detail::transpose_narrow<4>(B, BT, m, r);
+    case 8:
+      return detail::transpose_narrow<8>(B, BT, m, r);
+    case 16:
+      return detail::transpose_narrow<16>(B, BT, m, r);
+    default:
+      break;
+  }
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t z = 0; z < r; ++z) {
       BT[z * m + i] = B[i * r + z];

@@ -138,7 +138,8 @@ class LoraDelta final : public Delta {
           s,
           dropout_now(),
           call.packed,
-          call.transposed);
+          call.transposed,
+          kept_transpose(call.x, down, up));
     }
     const Tensor y = below(call);
     return (y +
@@ -300,6 +301,14 @@ class LoraDelta final : public Delta {
   std::string name_of(const std::string& letter) const {
     return (config_.layout == Layout::embedding ? "lora_embedding_" : "lora_") +
         letter;
+  }
+  /// Bᵀ from an earlier call, for the CPU kernels without gradients.
+  Tensor kept_transpose(const Tensor& x, const Tensor& down, const Tensor& up)
+      const {
+    return !at::GradMode::is_enabled() && up.is_same(lora_B) &&
+            !up.is_inference() && functional::detail::by_kernels(x, down, up)
+        ? transposed_B_.of(up)
+        : Tensor();
   }
   double dropout_now() const {
     return is_training() ? config_.dropout : 0.0;
