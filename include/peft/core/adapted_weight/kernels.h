@@ -44,6 +44,9 @@ inline bool acts_at(const std::optional<Tensor>& t) {
       !participants(*meta->site, root, /*outputs=*/true).empty();
 }
 
+/// Numbers in a weight that is worth the look-up.
+constexpr int64_t kLeastKept = 4096;
+
 /// Whether evaluation had better fold the deltas into a weight that it keeps:
 /// where they cost over an eighth of the base's product, in operations and, on
 /// few rows, in bytes read alike. A copy of the weight is the price. Where a
@@ -57,7 +60,7 @@ inline bool is_worth_keeping(const Participants& active, const Tensor& w) {
   for (const auto& entry : active.everywhere) {
     cost += entry.delta->linear_cost();
   }
-  return 8 * cost > w.numel();
+  return 8 * cost > w.numel() && w.numel() >= kLeastKept;
 }
 
 /// y = x Mᵀ + b with M = w, or M = wᵀ where the operator multiplies by w as it

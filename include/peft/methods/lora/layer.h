@@ -93,8 +93,8 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
       : ExplicitLayer<Base, LoraImpl<Base>>(layer), options(options_) {
     detail::check(options);
     TORCH_CHECK_VALUE(
-        !options.dora() && !options.lora_bias() &&
-            !options.fan_in_fan_out() && options.bias() == "none" && options.modules_to_save().empty() &&
+        !options.dora() && !options.lora_bias() && !options.fan_in_fan_out() &&
+            options.bias() == "none" && options.modules_to_save().empty() &&
             options.enable_lora().empty(),
         "peft: an explicit layer takes no dora, lora_bias, fan_in_fan_out, "
         "bias, modules_to_save or enable_lora; attach() does");
@@ -146,7 +146,12 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
 
   void fold() {
     const Tensor& weight = this->base_layer->weight;
-    weight.copy_(own_delta().effective(
+    const LoraDelta own = own_delta();
+    if (own.fold_into(weight, 1.0, /*dry_run=*/true)) {
+      own.fold_into(weight, 1.0, /*dry_run=*/false);
+      return;
+    }
+    weight.copy_(own.effective(
         weight.to(
             c10::promoteTypes(weight.scalar_type(), lora_A.scalar_type())),
         1.0));
