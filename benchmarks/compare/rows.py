@@ -602,9 +602,8 @@ def start_up(program):
     def make():
         if not program:
             raise Wrong("the start-up program was not given: --startup FILE")
-        most = {}
 
-        def child(name, command):
+        def child(command):
             def run(n):
                 seconds = 0.0
                 for _ in range(n):
@@ -614,25 +613,14 @@ def start_up(program):
                     if status:
                         raise Wrong(f"{command} ended with status {status}")
                     seconds += usage.ru_utime + usage.ru_stime
-                    most[name] = usage.ru_maxrss / 1024
                 return seconds
             return run
 
-        trial = Trial(
-            {"HF": child("HF", [sys.executable, "-c", "import peft"]),
-             "ours": child("ours", [program]),
-             "base": child("base", [program, "base"])},
+        return Trial(
+            {"HF": child([sys.executable, "-c", "import peft"]),
+             "ours": child([program]),
+             "base": child([program, "base"])},
             repeats=1, rounds=1 if QUICK else 15)
-
-        def check():
-            trial.notes.append(
-                "memory in use at the most: "
-                + ", ".join(f"{k} {v:,.0f} MiB" for k, v in most.items())
-                + "; base is LibTorch without libpeft")
-            return {}
-
-        trial.check = check
-        return trial
 
     return make
 
