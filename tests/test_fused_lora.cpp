@@ -286,3 +286,27 @@ TEST_CASE("B = 0 leaves the base as it is, to the bit") {
   CHECK(equal_bits(
       lora_linear(p.x, p.W, bias, p.A, p.B, 0.7), at::linear(p.x, p.W, bias)));
 }
+
+TEST_CASE("what does not fit is torch's error, and a bias may broadcast") {
+  const bool kernels = GENERATE(false, true);
+  const int64_t width = GENERATE(5, 80); // of an input to a weight of 20
+  WithKernels way(kernels);
+  seed(12);
+  const Problem p = Problem({12}, 20, 10, 4).to(torch::kFloat, torch::kFloat);
+  Problem q = p;
+  q.x = torch::randn({12, width});
+  CHECK_THROWS_AS(q.run(), c10::Error);
+  q = p;
+  q.A = torch::randn({4, width});
+  CHECK_THROWS_AS(q.run(), c10::Error);
+  q = p;
+  q.B = torch::randn({width, 4});
+  CHECK_THROWS_AS(q.run(), c10::Error);
+  q = p;
+  q.b = torch::randn({1}).requires_grad_();
+  Tensor wide = q.b.detach().expand({10}).contiguous();
+  const Tensor y = q.run();
+  CHECK(close(y, lora_linear(p.x, p.W, wide, p.A, p.B, p.scale)));
+  y.sum().backward();
+  CHECK(close(q.b.grad(), torch::full({1}, 120.f)));
+}

@@ -250,7 +250,7 @@ inline Tensor dora_linear(
   const auto dtype = weight.scalar_type();
   const bool fused = dropout <= 0.0 && A.scalar_type() == dtype &&
       magnitude.scalar_type() == dtype && !detail::has_tangent(magnitude) &&
-      detail::can_fuse(x, weight, A, B, 0.0);
+      detail::can_fuse(x, weight, bias, A, B, 0.0);
   if (!fused) {
     return dora_composed(
         x,

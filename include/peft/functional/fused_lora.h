@@ -13,8 +13,8 @@
 // t. What nobody asks for is neither computed nor kept.
 
 #include <peft/functional/counter_dropout.h>
-#include <peft/functional/cpu/skinny.h>
 #include <peft/functional/packed_matrix.h>
+#include <peft/functional/skinny_products.h>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/function.h>
@@ -38,21 +38,6 @@ using torch::Tensor;
 
 namespace detail {
 
-/// x as a matrix [n, in].
-inline Tensor as_matrix(const Tensor& x) {
-  return x.dim() == 2
-      ? x
-      : x.reshape(
-            {c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)),
-             x.size(-1)});
-}
-
-/// The same with the numbers of a row side by side, as the kernels read them.
-inline Tensor as_rows(const Tensor& x) {
-  const Tensor x2 = as_matrix(x);
-  return x2.stride(1) == 1 || x2.size(1) <= 1 ? x2 : x2.contiguous();
-}
-
 /// The linear map that LoRA is added to, and what belongs to the call.
 struct LoraArgs {
   std::optional<Tensor> bias;
@@ -72,118 +57,24 @@ struct LoraArgs {
   }
 };
 
-/// What forward makes; t and BT serve backward.
+/// What forward makes.
 struct LoraResult {
   Tensor y;
   Tensor t; // [n, r]
-  Tensor BT; // [r, out], by the kernels only
   double t_scale = 1.0; // what t lacks of s
+  bool by_kernels = false;
 };
 
-/// Set by tests: which of both ways, wherever they run; and torch's own mask in
-/// the place of the counter's, so that a seed gives what it gives in Python.
-inline std::optional<bool> kernels_chosen;
+/// Set by tests: torch's own mask in the place of the counter's, so that a seed
+/// gives what it gives in Python.
 inline bool torch_dropout = false;
-
-/// Whether the CPU kernels make the skinny products: float32, or bfloat16 with
-/// float32 factors.
-inline bool by_kernels(const Tensor& x, const Tensor& A, const Tensor& B) {
-  const int64_t width = x.size(-1);
-  const auto dtype = x.scalar_type();
-  const bool possible = width > 0 && is_readable(x) && is_readable(A) &&
-      is_readable(B) && (dtype == at::kFloat || dtype == at::kBFloat16) &&
-      A.scalar_type() == at::kFloat && A.is_contiguous() && B.is_contiguous();
-  if (!possible || kernels_chosen) {
-    return possible && *kernels_chosen;
-  }
-  return cpu::has_fast_skinny() &&
-      (dtype == at::kBFloat16 ||
-       cpu::prefers_skinny(x.numel() / width, width, A.size(0)));
-}
-
-/// Calls `run` with the element type of `x`: float or BFloat16.
-template <class Run>
-void with_element_of(const Tensor& x, Run run) {
-  if (x.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    run(c10::BFloat16{});
-  }
-}
-
-/// t [n, r] = scale · D(x2) Aᵀ.
-inline Tensor project(
-    const Tensor& x2,
-    const Tensor& A,
-    double scale,
-    const CounterDropout& dropout) {
-  const int64_t n = x2.size(0), r = A.size(0);
-  Tensor t = at::empty({n, r}, A.options());
-  with_element_of(x2, [&](auto element) {
-    using T = decltype(element);
-    cpu::project<T>(
-        x2.const_data_ptr<T>(),
-        x2.stride(0),
-        A.const_data_ptr<float>(),
-        t.mutable_data_ptr<float>(),
-        n,
-        x2.size(1),
-        r,
-        static_cast<float>(scale),
-        dropout.active() ? &dropout : nullptr);
-  });
-  return t;
-}
-
-/// y2 = bias + D(t BT), or on top of y2.
-inline void expand(
-    const Tensor& y2,
-    const Tensor& t,
-    const Tensor& BT,
-    const Tensor& bias,
-    bool accumulate,
-    const CounterDropout& dropout) {
-  with_element_of(y2, [&](auto element) {
-    using T = decltype(element);
-    cpu::expand<T>(
-        t.const_data_ptr<float>(),
-        BT.const_data_ptr<float>(),
-        bias.defined() ? bias.const_data_ptr<T>() : nullptr,
-        y2.mutable_data_ptr<T>(),
-        y2.stride(0),
-        y2.size(0),
-        y2.size(1),
-        t.size(1),
-        accumulate,
-        dropout.active() ? &dropout : nullptr);
-  });
-}
-
-/// G [r, k] = tᵀ D(x2).
-inline Tensor
-outer(const Tensor& x2, const Tensor& t, const CounterDropout& dropout) {
-  Tensor G = at::empty({t.size(1), x2.size(1)}, t.options());
-  with_element_of(x2, [&](auto element) {
-    using T = decltype(element);
-    cpu::outer<T>(
-        x2.const_data_ptr<T>(),
-        x2.stride(0),
-        t.const_data_ptr<float>(),
-        G.mutable_data_ptr<float>(),
-        x2.size(0),
-        x2.size(1),
-        t.size(1),
-        dropout.active() ? &dropout : nullptr);
-  });
-  return G;
-}
 
 /// y2 [n, m] = bias + D(t BT) + x2 M, M [k, m]: forward's result and dx alike.
 /// `backward` says which way the packed form is used.
 inline void start_and_multiply(
     Tensor y2,
     const Tensor& t,
-    const Tensor& BT,
+    const float* BT,
     const Tensor& bias,
     const Tensor& x2,
     const Tensor& M,
@@ -199,7 +90,7 @@ inline void start_and_multiply(
         backward != args.transposed,
         bias,
         apart ? nullptr : t.const_data_ptr<float>(),
-        apart ? nullptr : BT.const_data_ptr<float>(),
+        apart ? nullptr : BT,
         apart ? 0 : t.size(1));
     if (apart) {
       expand(y2, t, BT, {}, /*accumulate=*/true, dropout);
@@ -221,10 +112,12 @@ inline void start_and_multiply(
   expand(y2, t, BT, {}, /*accumulate=*/true, dropout);
 }
 
-inline Tensor empty_output(const Tensor& x, int64_t features) {
+inline c10::SmallVector<int64_t, 5> output_sizes(
+    const Tensor& x,
+    int64_t features) {
   c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = features;
-  return at::empty(sizes, x.options());
+  return sizes;
 }
 
 /// The forward pass. Runs below autograd.
@@ -237,22 +130,15 @@ inline LoraResult lora_forward(
   LoraResult result;
   if (by_kernels(x, A, B)) {
     const Tensor x2 = as_rows(x);
-    const int64_t r = B.size(1), out = B.size(0);
-    result.BT = args.BT;
-    if (!result.BT.defined()) {
-      result.BT = at::empty({r, out}, B.options());
-      cpu::transpose(
-          B.const_data_ptr<float>(),
-          result.BT.mutable_data_ptr<float>(),
-          out,
-          r);
-    }
+    const float* BT = args.BT.defined() ? args.BT.const_data_ptr<float>()
+                                        : transposed_for_now(B);
+    result.by_kernels = true;
     result.t = project(x2, A, args.scale, args.dropout);
-    result.y = empty_output(x, out);
+    result.y = at::empty(output_sizes(x, B.size(0)), x.options());
     start_and_multiply(
         as_matrix(result.y),
         result.t,
-        result.BT,
+        BT,
         args.bias.value_or(Tensor()),
         x2,
         weight.t(),
@@ -290,9 +176,7 @@ inline LoraResult lora_forward(
     y2.add_(at::mm(result.t, B.t()), args.scale);
   }
   if (x.dim() != 2) {
-    c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
-    sizes.back() = B.size(0);
-    y2 = at::_unsafe_view(y2, sizes);
+    y2 = at::_unsafe_view(y2, output_sizes(x, B.size(0)));
   }
   result.y = y2;
   return result;
@@ -302,6 +186,7 @@ inline LoraResult lora_forward(
 struct LoraCall {
   LoraArgs args; // without the bias
   double t_scale = 1.0;
+  bool by_kernels = false;
   std::vector<int64_t> x_sizes;
 };
 
@@ -317,8 +202,8 @@ inline LoraGrads lora_backward_by_kernels(
     const Tensor& x,
     const Tensor& weight,
     const Tensor& A,
+    const Tensor& B,
     const Tensor& t,
-    const Tensor& BT,
     const Tensor& grad,
     const Tensor& grad_of_t,
     const LoraCall& call,
@@ -330,20 +215,21 @@ inline LoraGrads lora_backward_by_kernels(
   Tensor dt;
   // dBᵀ is summed in memory of the thread's own: only dB is handed out.
   float* dBT = wants.B ? cpu::detail::scratch<3>(r * out) : nullptr;
+  const float* BT = nullptr;
   if (wants.x || wants.A) {
     dt = at::empty({n, r}, A.options());
+    BT = transposed_for_now(B);
   }
   with_element_of(dy, [&](auto element) {
     using T = decltype(element);
     const T* from = dy.const_data_ptr<T>();
-    const float* up = BT.const_data_ptr<float>();
     const auto scale = static_cast<float>(args.scale);
     const auto ld = dy.stride(0);
     if (dt.defined() && wants.B) {
       cpu::project_and_outer<T>(
           from,
           ld,
-          up,
+          BT,
           t.const_data_ptr<float>(),
           dt.mutable_data_ptr<float>(),
           dBT,
@@ -355,7 +241,7 @@ inline LoraGrads lora_backward_by_kernels(
       cpu::outer<T>(from, ld, t.const_data_ptr<float>(), dBT, n, out, r);
     } else {
       cpu::project<T>(
-          from, ld, up, dt.mutable_data_ptr<float>(), n, out, r, scale);
+          from, ld, BT, dt.mutable_data_ptr<float>(), n, out, r, scale);
     }
   });
   if (grad_of_t.defined() && dt.defined()) {
@@ -373,7 +259,7 @@ inline LoraGrads lora_backward_by_kernels(
     start_and_multiply(
         as_matrix(grads.x),
         dt,
-        A,
+        A.const_data_ptr<float>(),
         {},
         dy,
         weight,
@@ -450,7 +336,7 @@ struct LoraBackward : torch::autograd::Node {
       torch::autograd::variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = x_.unpack(), A = A_.unpack(), B = B_.unpack();
-    const Tensor t = t_.unpack(shared_from_this()), BT = BT_.unpack();
+    const Tensor t = t_.unpack(shared_from_this());
     const Tensor weight =
         plain_weight.defined() ? plain_weight : weight_.unpack();
     const LoraWants wants{
@@ -476,9 +362,9 @@ struct LoraBackward : torch::autograd::Node {
     }
     LoraGrads result;
     if (wants.x || wants.A || wants.B) {
-      result = BT.defined() && !again && is_readable(dy)
+      result = call.by_kernels && !again && is_readable(dy)
           ? lora_backward_by_kernels(
-                x, weight, A, t, BT, dy, grad_of_t, call, wants)
+                x, weight, A, B, t, dy, grad_of_t, call, wants)
           : lora_backward_by_operators(
                 x, weight, A, B, t, dy, grad_of_t, call, wants);
     }
@@ -496,12 +382,12 @@ struct LoraBackward : torch::autograd::Node {
   }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&x_, &weight_, &A_, &B_, &t_, &BT_}) {
+    for (auto* saved : {&x_, &weight_, &A_, &B_, &t_}) {
       saved->reset_data();
     }
   }
 
-  SavedVariable x_, weight_, A_, B_, t_, BT_;
+  SavedVariable x_, weight_, A_, B_, t_;
   Tensor plain_weight; // an inference tensor, which cannot be saved
   LoraCall call;
 };
@@ -543,8 +429,8 @@ inline Tensor fused_lora(
   if (keeps_t) {
     node->t_ = SavedVariable(result.t, /*is_output=*/gives_t);
   }
-  node->BT_ = SavedVariable(result.BT, false);
   node->call.t_scale = result.t_scale;
+  node->call.by_kernels = result.by_kernels;
   node->call.x_sizes = x.sizes().vec();
   node->call.args = std::move(args);
   node->call.args.bias.reset();

@@ -69,23 +69,42 @@ inline bool has_tangent(const Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();
 }
 
+/// Whether x [*, in], W [out, in], b [out], A [r, in] and B [out, r] fit. What
+/// does not is left to torch's operators, which say what is wrong, or
+/// broadcast.
+inline bool shapes_fit(
+    const Tensor& x,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    const Tensor& A,
+    const Tensor& B) {
+  return x.dim() >= 2 && weight.dim() == 2 && A.dim() == 2 && B.dim() == 2 &&
+      x.size(-1) == weight.size(1) && A.size(1) == weight.size(1) &&
+      B.size(0) == weight.size(0) && B.size(1) == A.size(0) &&
+      (!bias.has_value() || !bias->defined() ||
+       (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+        bias->scalar_type() == weight.scalar_type()));
+}
+
 /// Whether the fused function computes this call: plain tensors of one dtype,
 /// or a half-precision base beside float32 factors, outside autocast, function
 /// transforms and tracing. On a GPU dropout is torch's own.
 inline bool can_fuse(
     const Tensor& x,
     const Tensor& weight,
+    const std::optional<Tensor>& bias,
     const Tensor& A,
     const Tensor& B,
     double dropout) {
   const auto dtype = weight.scalar_type(), factors = A.scalar_type();
-  return x.dim() >= 2 && x.scalar_type() == dtype &&
+  return shapes_fit(x, weight, bias, A, B) && x.scalar_type() == dtype &&
       B.scalar_type() == factors &&
       (factors == dtype ||
        (factors == at::kFloat && c10::isReducedFloatingType(dtype))) &&
       (dropout <= 0.0 || (x.is_cpu() && !torch_dropout)) &&
       runs_plainly(x.device().type()) && !has_tangent(x) && !has_tangent(A) &&
-      !has_tangent(B) && !has_tangent(weight);
+      !has_tangent(B) && !has_tangent(weight) &&
+      !(bias.has_value() && has_tangent(*bias));
 }
 
 } // namespace detail
@@ -106,7 +125,7 @@ inline Tensor lora_linear(
     const std::shared_ptr<const PackedMatrix>& packed = nullptr,
     bool transposed = false,
     const Tensor& BT = {}) {
-  if (!detail::can_fuse(x, weight, A, B, dropout)) {
+  if (!detail::can_fuse(x, weight, bias, A, B, dropout)) {
     return detail::lora_linear_composed(x, weight, bias, A, B, scale, dropout);
   }
   detail::LoraArgs args{
