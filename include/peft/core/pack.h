@@ -1,8 +1,8 @@
 #pragma once
 
 // Frozen weights prepacked for the CPU. A weight that never changes need not be
-// rearranged by every product; packed once, a batch of few rows runs up to
-// three times as fast, forward and backward. Nothing in the network's source
+// rearranged by every product; packed once, batches of few rows run faster,
+// forward and backward (benchmarks/results). Nothing in the network's source
 // changes: the packed form hangs on the weight as an adapter does.
 
 #include <peft/core/attach.h>

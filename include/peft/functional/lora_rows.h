@@ -5,6 +5,7 @@
 // each, where a few operators of the dispatcher would cost more than the work.
 
 #include <peft/functional/cpu/skinny.h>
+#include <peft/functional/stamp.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -12,6 +13,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 
 namespace peft {
 
@@ -19,31 +21,26 @@ namespace functional {
 
 using torch::Tensor;
 
-/// Bᵀ, kept for as long as B stays what it was: the same memory, not written to
-/// since (in a way that its version counter sees). Threads may share it.
+/// Bᵀ, kept for as long as B stays what it was (functional/stamp.h). Threads
+/// may share it.
 class TransposedCache {
  public:
-  /// B [out, r], contiguous float32 on the CPU and not made in inference mode
-  /// (which counts no versions) → [r, out].
+  /// B [out, r], contiguous float32 on the CPU → [r, out].
   Tensor of(const Tensor& B) const {
-    const auto version = B._version();
+    const auto now = Stamp::of(B);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!source_.defined() || version_ != version ||
-        source_.const_data_ptr() != B.const_data_ptr() ||
-        source_.sizes() != B.sizes()) {
+    if (!now || !(now == source_) || transposed_.sizes() != B.t().sizes()) {
       const at::NoGradGuard no_grad;
-      source_ = B.detach();
       transposed_ = B.t().contiguous();
-      version_ = version;
+      source_ = now;
     }
     return transposed_;
   }
 
  private:
   mutable std::mutex mutex_;
-  mutable Tensor source_; // held, so that no other tensor takes its address
+  mutable std::optional<Stamp> source_;
   mutable Tensor transposed_;
-  mutable int64_t version_ = 0;
 };
 
 /// Whether add_lora_rows serves: plain float32 rows on the CPU.

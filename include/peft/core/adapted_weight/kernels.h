@@ -51,7 +51,10 @@ constexpr int64_t kLeastKept = 4096;
 /// where they cost over an eighth of the base's product, in operations and, on
 /// few rows, in bytes read alike. A copy of the weight is the price. Where a
 /// thread chooses its adapters the choice may change from call to call.
-inline bool is_worth_keeping(const Participants& active, const Tensor& w) {
+inline bool is_worth_keeping(
+    const Site& site,
+    const Participants& active,
+    const Tensor& w) {
   if (at::GradMode::is_enabled() || active_info() != nullptr ||
       w.is_inference()) {
     return false;
@@ -60,7 +63,8 @@ inline bool is_worth_keeping(const Participants& active, const Tensor& w) {
   for (const auto& entry : active.everywhere) {
     cost += entry.delta->linear_cost();
   }
-  return 8 * cost > w.numel() && w.numel() >= kLeastKept;
+  const int64_t size = c10::multiply_integers(site.sizes);
+  return 8 * cost > size && size >= kLeastKept;
 }
 
 /// y = x Mᵀ + b with M = w, or M = wᵀ where the operator multiplies by w as it
@@ -81,7 +85,7 @@ inline Tensor fast_linear(
   if (active.empty() ? !packed : !active.all_have(&Delta::has_linear)) {
     return {};
   }
-  if (!packed && is_worth_keeping(active, w)) {
+  if (!packed && is_worth_keeping(*site, active, w)) {
     return {};
   }
   // Without gradients nothing is saved, and the tensor itself will do.
