@@ -150,6 +150,26 @@ void shape(int64_t n, int64_t k, int64_t r, bool all) {
       outer);
 }
 
+/// What layers with one input (q, k, v) would gain by a joint pass for t.
+void shared_input(int64_t n, int64_t k, int64_t r) {
+  const Tensor x = at::randn({n, k}), A = at::randn({3 * r, k});
+  const Tensor t = at::empty({n, 3 * r}), W = at::randn({k, k});
+  const float *from = x.const_data_ptr<float>(), *a = A.const_data_ptr<float>();
+  float* to = t.mutable_data_ptr<float>();
+  const auto apart = [=] {
+    for (int64_t i = 0; i < 3; ++i) {
+      cpu::project(from, k, a + i * r * k, to, n, k, r, 1.0f);
+    }
+  };
+  compare(
+      fmt::format("n {} k {} r {}: t of q, k, v, joint / apart", n, k, r),
+      [=] { cpu::project(from, k, a, to, n, k, 3 * r, 1.0f); },
+      apart);
+  compare("  t of q, k, v apart / one product with W", apart, [=] {
+    at::mm(x, W.t());
+  });
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -162,6 +182,9 @@ int main(int argc, char** argv) {
       "instruction set {}, {} rounds\n",
       static_cast<int>(cpu::best_isa()),
       rounds);
+  for (int64_t n : {16, 128, 1024}) {
+    shared_input(n, 768, 8);
+  }
   for (int64_t n : {1024, 128, 16}) {
     shape<float>(n, 768, 8, true);
     shape<c10::BFloat16>(n, 768, 8, true);
