@@ -131,7 +131,8 @@ class Adapter {
         });
       };
       for (const auto& items :
-           {site.delta->file_tensors(), site.delta->training_tensors()}) {
+           {site.delta->all_file_tensors(),
+            site.delta->all_training_tensors()}) {
         for (const auto& item : items) {
           if (is_own(item.second)) { // not what is made of them
             result.insert(

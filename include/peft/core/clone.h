@@ -59,7 +59,7 @@ inline Plan plan_copy_of(const AdapterState& state, const Network& network) {
     site.name = record.name;
     site.parameter = record.parameters.front();
     site.file_prefix = record.file_prefix;
-    site.delta = record.delta->copy();
+    site.delta = record.delta->decorated_copy();
     for (const auto& layer : network) {
       if (record.is_call_site && layer.name == site.parameter) {
         const auto* call = dynamic_cast<const CallSite*>(layer.module);

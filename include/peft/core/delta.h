@@ -1,5 +1,6 @@
 #pragma once
 
+#include <peft/core/decoration.h>
 #include <peft/functional/convolution.h>
 #include <peft/functional/packed_matrix.h>
 
@@ -8,6 +9,7 @@
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -16,8 +18,6 @@
 #include <vector>
 
 namespace peft {
-
-using torch::Tensor;
 
 /// Rows [begin, end) of a weight: packed attention projections are read in
 /// such slices.
@@ -209,8 +209,8 @@ class Delta : public torch::nn::Module {
   /// `dry_run` it only says so.
   virtual std::string
   from_file(const std::string& name, const Tensor& value, bool dry_run) {
-    auto known = file_tensors();
-    const auto more = training_tensors();
+    auto known = all_file_tensors();
+    const auto more = all_training_tensors();
     known.insert(known.end(), more.begin(), more.end());
     for (auto& item : known) {
       if (item.first != name) {
@@ -228,11 +228,124 @@ class Delta : public torch::nn::Module {
     return {};
   }
 
-  /// An independent copy with the same values and requires_grad.
+  /// An independent copy with the same values and requires_grad, without
+  /// decorations.
   virtual std::shared_ptr<Delta> copy() const = 0;
 
   /// One word for a summary: "lora r=8", "bias".
   virtual std::string describe() const = 0;
+
+  // ~~~~ decorations (core/decoration.h) ~~~~
+
+  /// Whether what this adds can be multiplied by a factor of this kind.
+  virtual bool takes_factor(Decoration::Factor kind) const {
+    return kind == Decoration::Factor::none;
+  }
+
+  /// Features of the input that a factor sees, and the places that it is asked
+  /// for (the layers of a prefix).
+  virtual int64_t factor_features() const {
+    return 0;
+  }
+  virtual int64_t factor_parts() const {
+    return 1;
+  }
+
+  /// Puts `decoration` on; an error where this has no place for its factor.
+  void decorate(std::shared_ptr<Decoration> decoration) {
+    TORCH_CHECK(
+        takes_factor(decoration->factor_kind()),
+        "peft: '",
+        describe(),
+        "' cannot be ",
+        decoration->describe(),
+        ": it has nothing there that a factor",
+        decoration->factor_kind() == Decoration::Factor::input ? " of its input"
+                                                               : "",
+        " could multiply");
+    register_module(decoration->key(), decoration);
+    decorations_.push_back(decoration);
+    decoration->put_on(*this);
+  }
+  const std::vector<std::shared_ptr<Decoration>>& decorations() const {
+    return decorations_;
+  }
+
+  /// With those of the decorations.
+  Decoration::NamedTensors all_file_tensors() const {
+    return with_decorations(file_tensors(), &Decoration::file_tensors);
+  }
+  Decoration::NamedTensors all_training_tensors() const {
+    return with_decorations(training_tensors(), &Decoration::training_tensors);
+  }
+  /// What `effective` reads beside the weight, factors included.
+  void visit_decorated_state(
+      c10::function_ref<void(const Tensor&)> visit) const {
+    visit_state(visit);
+    if (factor_kind() == Decoration::Factor::number) {
+      visit(factor({}));
+    }
+  }
+  std::shared_ptr<Delta> decorated_copy() const {
+    auto result = copy();
+    for (const auto& decoration : decorations_) {
+      result->decorate(decoration->copy());
+    }
+    return result;
+  }
+  std::string decorated_merge_obstacle() const {
+    return factor_kind() == Decoration::Factor::input
+        ? "its gate depends on the input, which no weight knows"
+        : merge_obstacle();
+  }
+
+ protected:
+  /// What all factors depend on, together.
+  Decoration::Factor factor_kind() const {
+    auto kind = Decoration::Factor::none;
+    for (const auto& decoration : decorations_) {
+      kind = std::max(kind, decoration->factor_kind());
+    }
+    return kind;
+  }
+  /// Their product for the input x, times `scale`; undefined: there are none,
+  /// and `scale` is 1.
+  Tensor factor(const Tensor& x, double scale = 1.0, int64_t part = 0) const {
+    Tensor product;
+    for (const auto& decoration : decorations_) {
+      if (decoration->factor_kind() != Decoration::Factor::none) {
+        const Tensor f = decoration->factor(x, part);
+        product = product.defined() ? product * f : f;
+      }
+    }
+    return product.defined() && scale != 1.0 ? product * scale : product;
+  }
+  /// The same where there is no input: for `effective`.
+  Tensor number_factor() const {
+    TORCH_CHECK(
+        factor_kind() != Decoration::Factor::input,
+        "peft: '",
+        describe(),
+        "' is gated by its input, and its weight was read instead: it is used "
+        "otherwise than by linear, matmul or addmm, or an adapter beside it on "
+        "the same weight replaces it; disable that one");
+    return factor({});
+  }
+
+ private:
+  Decoration::NamedTensors with_decorations(
+      Decoration::NamedTensors result,
+      Decoration::NamedTensors (Decoration::*list)() const) const {
+    for (const auto& decoration : decorations_) {
+      for (auto& item : (*decoration.*list)()) {
+        result.emplace_back(
+            decoration->key() + "." + item.first, std::move(item.second));
+      }
+    }
+    return result;
+  }
+
+  std::vector<std::shared_ptr<Decoration>> decorations_;
 };
 
 namespace detail {

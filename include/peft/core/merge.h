@@ -86,7 +86,7 @@ inline ActiveEntries entries_of(const Site& site, const AdapterState& adapter) {
 
 inline void check_mergeable(const AdapterState& adapter) {
   for (const auto& record : adapter.sites) {
-    std::string obstacle = record.delta->merge_obstacle();
+    std::string obstacle = record.delta->decorated_merge_obstacle();
     if (obstacle.empty() && record.delta->transforms_output()) {
       obstacle = "it acts on the layer's output, not on its weight";
     }

@@ -43,7 +43,14 @@ class TrainedCopy final : public Delta {
            weight.slice(0, rows_->end)});
     }
     target = target.to(weight.scalar_type());
+    const Tensor f = number_factor();
+    if (f.defined()) {
+      return weight + (target - weight) * (f.to(target.scalar_type()) * scale);
+    }
     return scale == 1.0 ? target : weight + (target - weight) * scale;
+  }
+  bool takes_factor(Decoration::Factor kind) const override {
+    return kind != Decoration::Factor::input;
   }
 
   std::optional<at::ScalarType> dtype() const override {

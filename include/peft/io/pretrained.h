@@ -163,7 +163,7 @@ inline void fill_plan(
     bool strict) {
   std::set<std::string> expected;
   for (const auto& site : plan.sites) {
-    for (const auto& item : site.delta->file_tensors()) {
+    for (const auto& item : site.delta->all_file_tensors()) {
       expected.insert(file_key(site.file_prefix, item.first));
     }
   }
@@ -184,7 +184,7 @@ inline void fill_plan(
   }
   auto each = [&](bool dry_run) {
     for (auto& site : plan.sites) {
-      for (const auto& item : site.delta->file_tensors()) {
+      for (const auto& item : site.delta->all_file_tensors()) {
         const auto key = file_key(site.file_prefix, item.first);
         const auto found = tensors.find(key);
         if (found == tensors.end()) {
@@ -262,7 +262,7 @@ const AdapterFormat& find_format(const std::string& what, Fits&& fits) {
 inline NamedTensorList training_state(const AdapterState& adapter) {
   NamedTensorList result;
   for (const auto& site : adapter.sites) {
-    for (const auto& item : site.delta->training_tensors()) {
+    for (const auto& item : site.delta->all_training_tensors()) {
       result.emplace_back(
           file_key(site.file_prefix, item.first), item.second.detach());
     }
@@ -293,7 +293,7 @@ inline void fill_training_state(
   const auto tensors = load_safetensors(path.string());
   for (const bool dry_run : {true, false}) {
     for (auto& site : plan.sites) {
-      for (const auto& item : site.delta->training_tensors()) {
+      for (const auto& item : site.delta->all_training_tensors()) {
         const auto found = tensors.find(file_key(site.file_prefix, item.first));
         TORCH_CHECK(
             found != tensors.end(),
@@ -316,7 +316,7 @@ inline void fill_training_state(
     }
   }
   for (auto& site : plan.sites) {
-    for (const auto& item : site.delta->file_tensors()) {
+    for (const auto& item : site.delta->all_file_tensors()) {
       const auto key = file_key(site.file_prefix, item.first);
       const auto found = weights.find(key);
       TORCH_CHECK(

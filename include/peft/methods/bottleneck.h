@@ -292,6 +292,12 @@ class BottleneckDelta : public Delta {
   Tensor effective(const Tensor& weight, double /*scale*/) const override {
     return weight;
   }
+  bool takes_factor(Decoration::Factor /*kind*/) const override {
+    return true;
+  }
+  int64_t factor_features() const override {
+    return bottleneck->options.width();
+  }
   std::string merge_obstacle() const override {
     return "the non-linearity in its bottleneck is no change of a weight; "
            "keep the adapter, or detach it";
@@ -301,6 +307,14 @@ class BottleneckDelta : public Delta {
   }
   std::string describe() const override {
     return "bottleneck r=" + std::to_string(bottleneck->options.bottleneck());
+  }
+
+  /// y + f · A(x).
+  Tensor add_term(const Tensor& y, const Tensor& x, double scale) const {
+    const Tensor f = factor(x, scale);
+    const Tensor term = bottleneck->forward(x);
+    return f.defined() ? y + term * f.to(term.scalar_type())
+                       : at::add(y, term, scale);
   }
 
   Bottleneck bottleneck;

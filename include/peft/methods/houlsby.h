@@ -67,7 +67,7 @@ class HoulsbyDelta final : public BottleneckDelta {
     return true;
   }
   Tensor output(const Tensor& y, double scale) const override {
-    return is_dropped(layer) ? y : at::add(y, bottleneck->forward(y), scale);
+    return is_dropped(layer) ? y : add_term(y, y, scale);
   }
 
   std::shared_ptr<Delta> copy() const override {

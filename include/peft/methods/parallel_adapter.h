@@ -108,8 +108,14 @@ class ParallelInputDelta final : public BottleneckDelta {
       const Below<LinearCall>& below,
       double scale) const override {
     if (!is_dropped(layer)) {
-      const Tensor term = bottleneck->forward(call.x);
-      hand_over(scale == 1.0 ? term : term * scale);
+      Tensor term = bottleneck->forward(call.x);
+      const Tensor f = factor(call.x, scale);
+      if (f.defined()) {
+        term = term * f.to(term.scalar_type());
+      } else if (scale != 1.0) {
+        term = term * scale;
+      }
+      hand_over(term);
     }
     return below(call);
   }

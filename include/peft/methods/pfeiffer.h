@@ -76,8 +76,7 @@ class PfeifferNormDelta final : public BottleneckDelta {
       c10::function_ref<Tensor(const Tensor&)> norm,
       double scale) const override {
     const Tensor z = norm(v);
-    return is_dropped(layer) ? z
-                             : norm(at::add(v, bottleneck->forward(z), scale));
+    return is_dropped(layer) ? z : norm(add_term(v, z, scale));
   }
 
   std::shared_ptr<Delta> copy() const override {
@@ -119,7 +118,25 @@ class PfeifferLoopDelta final : public LoopDelta {
     if (bottleneck.is_empty() || is_dropped(first_ + call.layer)) {
       return h;
     }
-    return at::add(h, bottleneck->forward(h), scale);
+    const Tensor f = factor(h, scale, call.layer);
+    const Tensor term = bottleneck->forward(h);
+    return f.defined() ? h + term * f.to(term.scalar_type())
+                       : at::add(h, term, scale);
+  }
+
+  bool takes_factor(Decoration::Factor /*kind*/) const override {
+    return true;
+  }
+  int64_t factor_features() const override {
+    for (const auto& bottleneck : bottlenecks_) {
+      if (!bottleneck.is_empty()) {
+        return bottleneck->options.width();
+      }
+    }
+    return 0;
+  }
+  int64_t factor_parts() const override {
+    return static_cast<int64_t>(bottlenecks_.size());
   }
 
   std::vector<std::pair<std::string, Tensor>> file_tensors() const override {

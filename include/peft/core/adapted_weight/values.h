@@ -69,7 +69,7 @@ inline Recipe recipe_of(const Tensor& weight, const ActiveEntries& active) {
   recipe.add(weight);
   for (const auto& entry : active) {
     recipe.add(entry.delta, entry.scale);
-    entry.delta->visit_state([&](const Tensor& t) { recipe.add(t); });
+    entry.delta->visit_decorated_state([&](const Tensor& t) { recipe.add(t); });
   }
   return recipe;
 }

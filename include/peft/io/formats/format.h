@@ -201,7 +201,7 @@ class AdapterFormat {
   virtual NamedTensorList pack(const AdapterState& adapter) const {
     NamedTensorList tensors;
     for (const auto& site : adapter.sites) {
-      for (const auto& item : site.delta->file_tensors()) {
+      for (const auto& item : site.delta->all_file_tensors()) {
         tensors.emplace_back(
             kKeyPrefix + file_key(site.file_prefix, item.first),
             site.delta->to_file(item.first, item.second.detach()));
@@ -215,7 +215,7 @@ class AdapterFormat {
       const {
     std::set<std::string> expected;
     for (const auto& site : plan.sites) {
-      for (const auto& item : site.delta->file_tensors()) {
+      for (const auto& item : site.delta->all_file_tensors()) {
         expected.insert(file_key(site.file_prefix, item.first));
       }
     }

@@ -61,12 +61,16 @@ class LoraDelta final : public Delta {
   Tensor effective(const Tensor& weight, double scale) const override {
     const double s = scale * config_.scaling;
     const auto dtype = weight.scalar_type();
+    const Tensor f = number_factor();
+    const auto times_factor = [&](const Tensor& B) {
+      return f.defined() ? B.to(dtype) * f.to(dtype) : B.to(dtype);
+    };
     if (config_.layout == Layout::convolution) {
       TORCH_CHECK(!is_dense_grouped(weight), obstacle_);
       return weight +
           functional::lora_convolution_delta(
                  lora_A.to(dtype),
-                 lora_B.to(dtype),
+                 times_factor(lora_B),
                  s,
                  config_.groups,
                  weight.sizes());
@@ -75,7 +79,7 @@ class LoraDelta final : public Delta {
     // Weights of more dimensions count as matrices [out, rest].
     const Tensor matrix =
         weight.dim() == 2 ? weight : weight.reshape({weight.size(0), -1});
-    return functional::lora_merged(matrix, down.to(dtype), up.to(dtype), s)
+    return functional::lora_merged(matrix, down.to(dtype), times_factor(up), s)
         .reshape(weight.sizes());
   }
 
@@ -86,6 +90,9 @@ class LoraDelta final : public Delta {
       const override {
     torch::NoGradGuard no_grad;
     auto [down, up] = factors();
+    if (factor_kind() != Decoration::Factor::none) {
+      return false;
+    }
     if (config_.layout == Layout::convolution) {
       if (config_.groups > 1) { // a product a group
         return false;
@@ -128,7 +135,8 @@ class LoraDelta final : public Delta {
       down = swapped;
     }
     const double s = scale * config_.scaling;
-    if (below.is_base) {
+    const Tensor f = factor(call.x);
+    if (below.is_base && !f.defined()) {
       return functional::lora_linear(
           call.x,
           call.weight,
@@ -142,13 +150,23 @@ class LoraDelta final : public Delta {
           kept_transpose(call.x, down, up));
     }
     const Tensor y = below(call);
-    return (y +
-            functional::lora_linear_term(call.x, down, up, s, dropout_now()))
+    const Tensor term =
+        functional::lora_linear_term(call.x, down, up, s, dropout_now());
+    return (y + (f.defined() ? term * f.to(term.scalar_type()) : term))
         .to(y.scalar_type());
   }
 
+  bool takes_factor(Decoration::Factor kind) const override {
+    return kind == Decoration::Factor::none || has_linear();
+  }
+  int64_t factor_features() const override {
+    return factors().first.size(1);
+  }
+
   int64_t linear_cost() const override {
-    return dropout_now() > 0.0 ? 0 : lora_A.numel() + lora_B.numel();
+    return dropout_now() > 0.0 || factor_kind() != Decoration::Factor::none
+        ? 0
+        : lora_A.numel() + lora_B.numel();
   }
   void visit_state(
       c10::function_ref<void(const Tensor&)> visit) const override {
@@ -163,6 +181,7 @@ class LoraDelta final : public Delta {
     const bool direct = call.transposed ? config_.layout == Layout::transposed
                                         : config_.layout == Layout::matrix;
     if (!whole || !direct || dropout_now() > 0.0 ||
+        factor_kind() != Decoration::Factor::none ||
         !functional::can_add_lora_rows(call.x, lora_A, lora_B, y)) {
       return false;
     }
@@ -480,7 +499,15 @@ class LoraBiasDelta final : public Delta {
     bias = register_parameter("bias", initial, initial.requires_grad());
   }
   Tensor effective(const Tensor& weight, double scale) const override {
-    return at::add(weight, bias.to(weight.scalar_type()), scale * scaling_);
+    const Tensor f = number_factor();
+    return at::add(
+        weight,
+        (f.defined() ? bias * f.to(bias.scalar_type()) : bias)
+            .to(weight.scalar_type()),
+        scale * scaling_);
+  }
+  bool takes_factor(Decoration::Factor kind) const override {
+    return kind != Decoration::Factor::input;
   }
   std::optional<at::ScalarType> dtype() const override {
     return bias.scalar_type();
