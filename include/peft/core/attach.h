@@ -25,6 +25,8 @@ struct PlannedSite {
   Tensor tensor; // undefined at a call site
   std::shared_ptr<Delta> delta;
   std::shared_ptr<Site> call_site{};
+  /// Which part of a union wants it ("gated.lora"); empty for a single method.
+  std::string part{};
 };
 
 /// What a method wants to do to a network. Making one changes nothing.
@@ -184,6 +186,7 @@ inline void tag_sites(
     record.name = plan.name;
     record.file_prefix = plan.file_prefix;
     record.delta = plan.delta;
+    record.part = plan.part;
     if (plan.call_site) {
       record.parameters.push_back(plan.parameter);
       record.is_call_site = true;

@@ -59,6 +59,7 @@ inline Plan plan_copy_of(const AdapterState& state, const Network& network) {
     site.name = record.name;
     site.parameter = record.parameters.front();
     site.file_prefix = record.file_prefix;
+    site.part = record.part;
     site.delta = record.delta->decorated_copy();
     for (const auto& layer : network) {
       if (record.is_call_site && layer.name == site.parameter) {

@@ -32,6 +32,8 @@ struct SiteRecord {
   /// Prefix of the keys in a file, ending without a dot.
   std::string file_prefix;
   std::shared_ptr<Delta> delta;
+  /// Which part of a union it belongs to; empty for a single method.
+  std::string part;
   /// Owned by the tensor or the call site; gone with the model.
   std::weak_ptr<Site> site;
 };

@@ -1,0 +1,111 @@
+#pragma once
+
+// Several methods as one adapter: one name, one list of parameters, one folder.
+// A union is an options struct made of options structs; its plan joins theirs.
+
+#include <peft/core/attach.h>
+
+#include <algorithm>
+#include <any>
+#include <cctype>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+
+namespace detail {
+
+/// One method of a union: its sites have `key` as the first word of their
+/// `part`, and its file is written and read by its own format.
+struct UnionPart {
+  std::string key;
+  std::string method;
+  std::any options;
+};
+
+/// Plan::options of a union: what it is made of, in the order of joining.
+struct UnionParts {
+  std::vector<UnionPart> parts;
+};
+
+/// "PREFIX_TUNING" -> "prefix_tuning", or "prefix_tuning_2" where that is
+/// taken.
+inline std::string part_key(
+    const std::vector<UnionPart>& taken,
+    const std::string& method) {
+  std::string key = method;
+  std::transform(key.begin(), key.end(), key.begin(), [](unsigned char c) {
+    return static_cast<char>(std::tolower(c));
+  });
+  const auto is_taken = [&](const std::string& name) {
+    return std::any_of(taken.begin(), taken.end(), [&](const UnionPart& part) {
+      return part.key == name;
+    });
+  };
+  std::string result = key;
+  for (int i = 2; is_taken(result); ++i) {
+    result = key + "_" + std::to_string(i);
+  }
+  return result;
+}
+
+/// The names that a site's tensors have in a file.
+inline std::set<std::string> file_names_of(const PlannedSite& site) {
+  std::set<std::string> names;
+  for (const auto& item : site.delta->all_file_tensors()) {
+    names.insert(
+        site.file_prefix.empty() ? item.first
+                                 : site.file_prefix + "." + item.first);
+  }
+  return names;
+}
+
+/// Adds the sites of `part` to `whole`, whose `options` it makes UnionParts. A
+/// parameter that both train whole (a head in both's modules_to_save) is
+/// trained once. `key` names the part in files, by default its method.
+///
+///     Plan whole;
+///     whole.method = "MAM";
+///     join(whole, plan(prefix, network));
+///     join(whole, plan(adapter, network));
+inline void join(Plan& whole, Plan&& part, const std::string& key = "") {
+  if (!whole.options.has_value()) {
+    whole.options = UnionParts{};
+  }
+  auto& parts = std::any_cast<UnionParts&>(whole.options).parts;
+  const std::string name = part_key(parts, key.empty() ? part.method : key);
+  for (auto& site : part.sites) {
+    site.part = site.part.empty() ? name : name + "." + site.part;
+    const auto names = file_names_of(site);
+    const auto same = std::find_if(
+        whole.sites.begin(), whole.sites.end(), [&](const PlannedSite& other) {
+          const auto theirs = file_names_of(other);
+          return std::any_of(names.begin(), names.end(), [&](const auto& n) {
+            return theirs.count(n) != 0;
+          });
+        });
+    if (same == whole.sites.end()) {
+      whole.sites.push_back(std::move(site));
+      continue;
+    }
+    TORCH_CHECK_VALUE(
+        same->parameter == site.parameter && same->delta->replaces_base() &&
+            site.delta->replaces_base(),
+        "peft: two parts of one adapter, '",
+        same->part,
+        "' and '",
+        site.part,
+        "', both name their tensors '",
+        *names.begin(),
+        "'; let one of them leave '",
+        site.name,
+        "' out, or attach it as an adapter of its own");
+  }
+  parts.push_back({name, part.method, std::move(part.options)});
+}
+
+} // namespace detail
+
+} // namespace peft
