@@ -134,6 +134,7 @@ std::vector<Method> every_method() {
       true,
       false);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
+  add(method("LayerNorm tuning", peft::LayerNormOptions(), all), true, true);
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);
   add(method("Houlsby, zero_up", peft::HoulsbyOptions(4).zero_up(true), all),

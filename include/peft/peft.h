@@ -27,6 +27,7 @@
 
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
+#include <peft/methods/layer_norm_tuning.h>
 #include <peft/methods/ia3.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>

@@ -17,6 +17,7 @@
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/ia3.h>
 #include <peft/io/formats/ladder.h>
+#include <peft/io/formats/layer_norm.h>
 #include <peft/io/formats/lora.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/safetensors.h>
@@ -218,6 +219,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
   static const std::vector<std::shared_ptr<const AdapterFormat>> all{
       std::make_shared<LoraFormat>(),
       std::make_shared<BitFitFormat>(),
+      std::make_shared<LayerNormFormat>(),
       std::make_shared<Ia3Format>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
