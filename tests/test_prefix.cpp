@@ -576,6 +576,74 @@ TEST_CASE("parameters of prefixes, from shapes") {
   }
 }
 
+TEST_CASE("layers left out have no prefix and see the others' effect") {
+  seed(4);
+  decoders::Gpt2::Model model(decoders::Gpt2::options().n_layer(3));
+  model->to(torch::kDouble);
+  model->eval();
+  const Tensor words = torch::randint(40, {2, 5}, torch::kLong);
+  Tensor padding = torch::ones({2, 5}, torch::kLong);
+  padding[1].slice(0, 3).zero_();
+  auto adapter =
+      peft::attach(*model, PrefixOptions(3).leave_out({0, 2, 0}), "some");
+  CHECK(adapter.num_parameters() == 3 * 2 * 16);
+  const Tensor all = model->forward(words),
+               some = model->forward(words, padding);
+  const Tensor ones = torch::ones({2, 5}, torch::kLong);
+  CHECK(close(model->forward(words, ones), all));
+  // The same keys and values, put in front by hand.
+  const Tensor rows =
+      prefix_of(adapter).view({3, 2, 4, 4}).permute({1, 2, 0, 3});
+  adapter.disable();
+  const auto by_hand = [&](const Tensor& mask) {
+    KeyValues cache;
+    cache.virtual_tokens = 3;
+    cache.keys = {Tensor(), rows[0].expand({2, 4, 3, 4}), Tensor()};
+    cache.values = {Tensor(), rows[1].expand({2, 4, 3, 4}), Tensor()};
+    return model->forward(words, mask, {}, &cache);
+  };
+  CHECK(close(by_hand({}), all));
+  CHECK(close(by_hand(padding), some));
+  // A generation goes on with them.
+  adapter.enable();
+  KeyValues cache;
+  model->forward(words.slice(1, 0, 4), {}, {}, &cache);
+  CHECK(cache.length() == 7);
+  CHECK(cache.length(0) == 4);
+  CHECK(close(
+      model->forward(words.slice(1, 4), {}, {}, &cache), all.slice(1, 4)));
+
+  // A real start fills the layers that are left in.
+  adapter.detach();
+  KeyValues text;
+  model->forward(words.slice(0, 0, 1), {}, {}, &text);
+  adapter =
+      peft::attach(*model, PrefixOptions(3).leave_out({0, 2}).init_cache(text));
+  CHECK(equal_bits(
+      prefix_of(adapter).slice(1, 0, 16),
+      text.keys[1][0].slice(1, 0, 3).transpose(0, 1).flatten(1).detach()));
+
+  // Through the stacks of an encoder-decoder, and in a file.
+  auto network = t5();
+  CHECK(
+      peft::attach(
+          *network,
+          PrefixOptions(3)
+              .stacks({"encoder", "decoder", "cross"})
+              .leave_out({1, 2}),
+          "t5")
+          .num_parameters() == (1 + 1 + 1) * 3 * 2 * 8);
+  const auto adapters = peft::get_adapter(*network, "t5").sites();
+  CHECK(adapters.size() == 3);
+  const Tensor ids = torch::randint(20, {2, 4}, torch::kLong);
+  const Tensor y = network->forward(ids, {}, ids);
+  const TemporaryDirectory folder;
+  peft::save(peft::get_adapter(*network, "t5"), folder.path().string());
+  peft::get_adapter(*network, "t5").detach();
+  peft::load(*network, folder.path().string());
+  CHECK(equal_bits(network->forward(ids, {}, ids), y));
+}
+
 TEST_CASE("prefix tuning says what does not fit") {
   auto model = decoder();
   torch::nn::Sequential bare(torch::nn::Linear(3, 3));
@@ -652,6 +720,22 @@ TEST_CASE("prefix tuning says what does not fit") {
        model.ptr(),
        PrefixOptions(3).init_cache(KeyValues()),
        {"it has 0 layers"}},
+      {"no layer left",
+       model.ptr(),
+       PrefixOptions(3).leave_out({0, 1}),
+       {"leave_out leaves no layer"}},
+      {"a layer that there is not",
+       model.ptr(),
+       PrefixOptions(3).leave_out({2}),
+       {"leave_out names layer 2", "0 to 1"}},
+      {"no layer left where the prefix goes",
+       two.ptr(),
+       PrefixOptions(3).leave_out({2, 3}),
+       {"leave_out leaves no layer for the prefix", "'decoder' at 'decoder'"}},
+      {"HF's order of layers left out",
+       model.ptr(),
+       PrefixOptions(3).leave_out({1}).hf_layer_order(true),
+       {"hf_layer_order", "leave_out"}},
       {"a cache for two stacks",
        two.ptr(),
        PrefixOptions(3).init_cache(cache).stacks({"encoder", "decoder"}),

@@ -20,6 +20,7 @@
 #include <torch/nn/functional/padding.h>
 #include <torch/nn/pimpl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -39,9 +40,17 @@ struct KeyValues {
   bool grows = true;
 
   /// Tokens held at a layer; 0 when there are none.
-  int64_t length(size_t layer = 0) const {
+  int64_t length(size_t layer) const {
     return layer < keys.size() && keys[layer].defined() ? keys[layer].size(2)
                                                         : 0;
+  }
+  /// Tokens held at the layer that holds most: a prefix may leave some out.
+  int64_t length() const {
+    int64_t longest = 0;
+    for (size_t layer = 0; layer < keys.size(); ++layer) {
+      longest = std::max(longest, length(layer));
+    }
+    return longest;
   }
 
   /// All keys and values of a layer once `key` and `value` stand at its end.
@@ -64,6 +73,14 @@ struct KeyValues {
     return all;
   }
 };
+
+/// `mask` `[*, keys]` of a stack for a layer of `keys` keys, the last of the
+/// stack's: the layer may lack the prefix that others have.
+inline Tensor mask_of_last(const Tensor& mask, int64_t keys) {
+  return mask.defined() && mask.size(-1) > keys
+      ? mask.narrow(-1, mask.size(-1) - keys, keys)
+      : mask;
+}
 
 /// What flows into a stack of layers.
 struct TokenInputs {

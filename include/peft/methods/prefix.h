@@ -16,6 +16,7 @@
 
 #include <peft/core/attach.h>
 #include <peft/core/extra_tokens.h>
+#include <peft/methods/bottleneck/sites.h>
 #include <peft/methods/modules_to_save.h>
 #include <peft/methods/virtual_tokens.h>
 
@@ -64,6 +65,9 @@ struct PrefixOptions {
   /// of L takes those of layer 2 i mod L, and half of them go unused where L is
   /// even. false: every layer has its own.
   TORCH_ARG(bool, hf_layer_order) = false;
+  /// Layers without a prefix, counted from 0 through all stacks: an encoder's
+  /// first, then its decoder's (a cross-attention is in its decoder's layer).
+  TORCH_ARG(std::vector<int64_t>, leave_out);
   /// Modules trained whole, beside the prefix: a task head.
   TORCH_ARG(std::vector<std::string>, modules_to_save);
   /// HF's task_type, by which HF PEFT runs a prefix from a file. Default: as
@@ -78,12 +82,12 @@ using PTuningV2Options = PrefixOptions;
 namespace detail {
 
 /// The keys and values of one stack: a table `[virtual tokens, layers * 2 *
-/// heads * head_dim]`, first the key and then the value of each layer, or the
-/// MLP that makes it.
+/// heads * head_dim]`, first the key and then the value of each layer that is
+/// not left out, or the MLP that makes it.
 class PrefixDelta final : public TokensDelta {
  public:
   /// Draws the parameters on the CPU in PyTorch's order. `is_projected` false:
-  /// the table alone.
+  /// the table alone. leave_out counts from this stack's first layer.
   PrefixDelta(
       PrefixOptions options,
       const ExtraTokensOptions& stack,
@@ -91,7 +95,8 @@ class PrefixDelta final : public TokensDelta {
       : options_(std::move(options)), stack_(stack) {
     using torch::nn::Linear;
     const int64_t width = stack_.num_heads() * stack_.head_dim();
-    const int64_t all = 2 * stack_.num_layers() * width;
+    const auto left_out = static_cast<int64_t>(options_.leave_out().size());
+    const int64_t all = 2 * (stack_.num_layers() - left_out) * width;
     embedding = register_module(
         "embedding",
         torch::nn::Embedding(
@@ -130,13 +135,19 @@ class PrefixDelta final : public TokensDelta {
     }
     const int64_t layers = stack_.num_layers();
     const auto blocks =
-        all.view({-1, 2 * layers, stack_.num_heads(), stack_.head_dim()})
+        all.view({all.size(0), -1, stack_.num_heads(), stack_.head_dim()})
             .permute({1, 2, 0, 3})
             .unbind(0);
     KeyValues result;
+    int64_t next = 0;
     for (int64_t i = 0; i < layers; ++i) {
-      const auto row =
-          static_cast<size_t>(options_.hf_layer_order() ? 2 * i % layers : i);
+      if (is_left_out(options_.leave_out(), i)) {
+        result.keys.emplace_back();
+        result.values.emplace_back();
+        continue;
+      }
+      const auto row = static_cast<size_t>(
+          options_.hf_layer_order() ? 2 * i % layers : next++);
       result.keys.push_back(blocks[2 * row]);
       result.values.push_back(blocks[2 * row + 1]);
     }
@@ -160,6 +171,9 @@ class PrefixDelta final : public TokensDelta {
     torch::NoGradGuard no_grad;
     std::vector<Tensor> blocks;
     for (size_t i = 0; i < cache.keys.size(); ++i) {
+      if (is_left_out(options_.leave_out(), static_cast<int64_t>(i))) {
+        continue;
+      }
       for (const auto* t : {&cache.keys[i], &cache.values[i]}) {
         blocks.push_back((*t)[0]
                              .narrow(1, 0, num_virtual_tokens())
@@ -241,6 +255,54 @@ inline void check(const PrefixOptions& options) {
            options.init() == "random"),
       "peft: init_cache sets every layer's keys and values; it goes neither "
       "with prefix_projection nor with hf_layer_order nor with init('zero')");
+  TORCH_CHECK_VALUE(
+      options.leave_out().empty() || !options.hf_layer_order(),
+      "peft: hf_layer_order deals the rows out to every layer; it does not go "
+      "with leave_out");
+}
+
+/// The number of the first layer at `place`, counted through all stacks.
+inline int64_t first_layer(
+    const std::vector<TokenSite>& all,
+    const TokenSite& place) {
+  int64_t first = 0;
+  for (const auto& other : all) { // encoders come first
+    const auto& stack = other.second->options;
+    const bool is_before = place.second->options.stack() == "cross"
+        ? stack.stack() == "encoder"
+        : stack.stack() != "cross";
+    if (other == place) {
+      break;
+    }
+    first += is_before ? stack.num_layers() : 0;
+  }
+  return first;
+}
+
+/// Those of `leave_out` that are in the stack at `place`, counted from its
+/// first layer, each once.
+inline std::vector<int64_t> left_out_at(
+    const std::vector<int64_t>& leave_out,
+    const std::vector<TokenSite>& all,
+    const TokenSite& place) {
+  const int64_t first = first_layer(all, place);
+  std::vector<int64_t> result;
+  for (int64_t i = 0; i < place.second->options.num_layers(); ++i) {
+    if (is_left_out(leave_out, first + i)) {
+      result.push_back(i);
+    }
+  }
+  return result;
+}
+
+/// The layers of all stacks.
+inline int64_t layers_of(const std::vector<TokenSite>& all) {
+  int64_t count = 0;
+  for (const auto& place : all) {
+    const auto& stack = place.second->options;
+    count += stack.stack() == "cross" ? 0 : stack.num_layers();
+  }
+  return count;
 }
 
 /// The stacks that get a prefix, by the options' words.
@@ -343,12 +405,18 @@ inline Plan plan(
   const bool two_stacks =
       all.front().second->options.stack() != all.back().second->options.stack();
   const auto wanted = trained_options(network);
+  check_leave_out(options.leave_out(), layers_of(all));
   Plan result;
   result.method = "PREFIX_TUNING";
   result.options = kept;
   for (const auto& place : places) {
+    const auto left_out = left_out_at(options.leave_out(), all, place);
+    if (static_cast<int64_t>(left_out.size()) ==
+        place.second->options.num_layers()) {
+      continue;
+    }
     auto delta = std::make_shared<PrefixDelta>(
-        kept,
+        PrefixOptions(kept).leave_out(left_out),
         place.second->options,
         options.prefix_projection() && has_encoder);
     delta->to(wanted.device(), c10::typeMetaToScalarType(wanted.dtype()));
@@ -362,14 +430,18 @@ inline Plan plan(
     }
     PlannedSite site;
     site.name = site.parameter = place.first;
-    // HF PEFT would deal such a file's rows out in its own order; it does not
-    // take one for its own under this key.
-    site.file_prefix =
-        two_stacks && !options.hf_layer_order() ? place.first : "";
+    // HF PEFT would deal such a file's rows out in its own order, or miss those
+    // of layers left out; it does not take one for its own under this key.
+    const bool is_own = two_stacks || !options.leave_out().empty();
+    site.file_prefix = is_own && !options.hf_layer_order() ? place.first : "";
     site.call_site = place.second->site();
     site.delta = std::move(delta);
     result.sites.push_back(std::move(site));
   }
+  TORCH_CHECK_VALUE(
+      !result.sites.empty(),
+      "peft: leave_out leaves no layer for the prefix, which goes to ",
+      stacks_of(places));
   plan_modules_to_save(network, options.modules_to_save(), result.sites);
   return result;
 }

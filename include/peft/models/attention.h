@@ -86,10 +86,7 @@ inline Tensor causal_attention(
   if (!mask.defined() && !is_causal && queries > 1) {
     mask = causal_mask(Tensor(), queries, keys, query.device());
   }
-  if (mask.defined() && mask.size(3) > keys) {
-    // This layer lacks the prefix that others have.
-    mask = mask.narrow(3, mask.size(3) - keys, keys);
-  }
+  mask = mask_of_last(mask, keys);
   return at::scaled_dot_product_attention(
              query,
              key,

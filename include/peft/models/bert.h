@@ -192,7 +192,8 @@ struct BertSelfAttentionImpl : torch::nn::Cloneable<BertSelfAttentionImpl> {
         split(query->forward(call.hidden)),
         k,
         v,
-        mask.defined() ? std::optional<Tensor>(mask) : std::nullopt,
+        mask.defined() ? std::optional<Tensor>(mask_of_last(mask, k.size(2)))
+                       : std::nullopt,
         is_training() ? options.attention_probs_dropout_prob() : 0.0);
     return context.transpose(1, 2).flatten(2);
   }

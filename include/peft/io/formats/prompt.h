@@ -226,6 +226,7 @@ class PrefixFormat final : public VirtualTokensFormat {
     }
     o.init(config.get<std::string>("init_weights", "random"));
     o.dropout(config.get<double>("dropout", 0));
+    o.leave_out(config.get<std::vector<int64_t>>("leave_out", {}));
     if (config.has("stacks")) {
       o.stacks(config.get<std::vector<std::string>>("stacks"));
     } else {
@@ -277,6 +278,9 @@ class PrefixFormat final : public VirtualTokensFormat {
     }
     if (o.dropout() > 0) {
       config.set_number("dropout", o.dropout());
+    }
+    if (!o.leave_out().empty()) {
+      config.set("leave_out", o.leave_out());
     }
     std::vector<std::string> stacks; // those that HF PEFT would not run
     for (const auto& site : adapter.sites) {
