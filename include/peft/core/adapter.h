@@ -148,8 +148,8 @@ class Adapter {
 
   int64_t num_parameters() const {
     int64_t count = 0;
-    for (const auto& p : parameters()) {
-      count += p.numel();
+    for (const auto& site : state().sites) {
+      count += site.delta->num_trained();
     }
     return count;
   }
@@ -162,9 +162,7 @@ class Adapter {
       site.parameters = record.parameters;
       site.what = record.delta->describe();
       site.shape = detail::lock_site(record)->sizes;
-      for (const auto& p : record.delta->parameters()) {
-        site.num_parameters += p.numel();
-      }
+      site.num_parameters = record.delta->num_trained();
       result.push_back(std::move(site));
     }
     return result;

@@ -43,6 +43,12 @@ class Decoration : public torch::nn::Module {
   /// Called when this is put on `delta`, and on a copy of it.
   virtual void put_on(Delta& /*delta*/) {}
 
+  /// Entries of the delta's parameters that this holds as they are: no training
+  /// moves them, and nobody counts them as trained.
+  virtual int64_t num_held() const {
+    return 0;
+  }
+
   /// The child's name below the delta, and the prefix of its names in a file:
   /// "gate", "mask".
   virtual std::string key() const = 0;

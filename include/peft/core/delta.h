@@ -271,6 +271,18 @@ class Delta : public torch::nn::Module {
     return decorations_;
   }
 
+  /// Entries of the parameters that training moves.
+  int64_t num_trained() const {
+    int64_t count = 0;
+    for (const auto& p : parameters()) {
+      count += p.numel();
+    }
+    for (const auto& decoration : decorations_) {
+      count -= decoration->num_held();
+    }
+    return count;
+  }
+
   /// With those of the decorations.
   Decoration::NamedTensors all_file_tensors() const {
     return with_decorations(file_tensors(), &Decoration::file_tensors);

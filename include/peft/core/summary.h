@@ -49,10 +49,14 @@ inline ParameterCount count_parameters(
   }
   for (const auto& adapter : adapters) {
     for (const auto& record : adapter.shared_state()->sites) {
+      bool trains = false;
+      int64_t frozen = 0;
       for (const auto& p : record.delta->parameters()) {
-        count.trainable += p.requires_grad() ? p.numel() : 0;
+        trains = trains || p.requires_grad();
+        frozen += p.requires_grad() ? 0 : p.numel();
         count.total += record.delta->replaces_base() ? 0 : p.numel();
       }
+      count.trainable += trains ? record.delta->num_trained() - frozen : 0;
     }
   }
   return count;
