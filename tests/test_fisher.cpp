@@ -1,0 +1,341 @@
+#include "model_state.h"
+#include "test.h"
+
+#include <peft/models/bert.h>
+#include <peft/models/gpt2.h>
+#include <peft/train/fisher.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+using torch::Tensor;
+
+namespace {
+
+namespace models = peft::models;
+
+const int64_t kSamples = 6;
+
+models::BertForSequenceClassification small_bert() {
+  seed(3);
+  models::BertForSequenceClassification model(models::BertOptions()
+                                                  .vocab_size(20)
+                                                  .hidden_size(8)
+                                                  .num_hidden_layers(1)
+                                                  .num_attention_heads(2)
+                                                  .intermediate_size(12)
+                                                  .max_position_embeddings(8)
+                                                  .num_labels(3));
+  model->to(torch::kDouble);
+  return model;
+}
+
+Tensor ids(int64_t begin, int64_t end) {
+  torch::manual_seed(17);
+  return torch::randint(1, 20, {kSamples, 5}, torch::kLong)
+      .slice(0, begin, end);
+}
+
+Tensor labels(int64_t begin, int64_t end) {
+  return torch::tensor({0, 2, 1, 1, 0, 2}, torch::kLong).slice(0, begin, end);
+}
+
+std::map<std::string, Tensor> as_map(const peft::Scores& scores) {
+  return {scores.begin(), scores.end()};
+}
+
+/// The gradient of `loss` for every parameter, by the plain backward pass of a
+/// network whose parameters require gradients.
+std::map<std::string, Tensor> gradients(
+    torch::nn::Module& model,
+    const Tensor& loss) {
+  model.zero_grad();
+  loss.backward({}, /*retain_graph=*/true);
+  std::map<std::string, Tensor> result;
+  for (const auto& p : model.named_parameters()) {
+    result[p.key()] = p.value().grad().defined() ? p.value().grad().clone()
+                                                 : torch::zeros_like(p.value());
+  }
+  model.zero_grad();
+  return result;
+}
+
+void check_equal(
+    const peft::Scores& scores,
+    const std::map<std::string, Tensor>& expected) {
+  CHECK(scores.size() == expected.size());
+  for (const auto& [path, score] : scores) {
+    INFO(path);
+    REQUIRE(expected.count(path) == 1);
+    CHECK(close(score, expected.at(path)));
+  }
+}
+
+} // namespace
+
+TEST_CASE("The label's Fisher information is that of one sample at a time") {
+  const bool absolute = GENERATE(false, true);
+  auto model = small_bert();
+  const auto loss_of = [&](int64_t i) {
+    return torch::cross_entropy_loss(
+        model->forward(ids(i, i + 1)), labels(i, i + 1));
+  };
+  model->eval();
+  std::map<std::string, Tensor> expected;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    for (const auto& [path, g] : gradients(*model, loss_of(i))) {
+      const Tensor one = absolute ? g.abs() : g.square();
+      expected[path] = expected.count(path) != 0 ? expected[path] + one : one;
+    }
+  }
+  model->train(); // dropout is off in the estimate all the same
+  const auto estimate = peft::estimate_fisher(
+      *model,
+      loss_of,
+      peft::FisherOptions(kSamples).measure(absolute ? "absolute" : "square"));
+  CHECK(estimate.num_samples == kSamples);
+  check_equal(estimate.scores, expected);
+  CHECK(model->is_training());
+}
+
+TEST_CASE("The expectation counts every class by its probability") {
+  auto model = small_bert();
+  model->eval();
+  std::map<std::string, Tensor> expected;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const Tensor logits = model->forward(ids(i, i + 1))[0];
+    const Tensor p = logits.softmax(0).detach();
+    for (int64_t c = 0; c < 3; ++c) {
+      const Tensor log_p = logits[c] - logits.logsumexp(0);
+      for (const auto& [path, g] : gradients(*model, -log_p)) {
+        const Tensor one = p[c] * g.square();
+        expected[path] = expected.count(path) != 0 ? expected[path] + one : one;
+      }
+    }
+  }
+  const auto estimate = peft::estimate_fisher(
+      *model,
+      [&](int64_t i) { return model->forward(ids(i, i + 1)); },
+      peft::FisherOptions(kSamples).variant("expectation"));
+  check_equal(estimate.scores, expected);
+}
+
+TEST_CASE("A batch's gradient is another estimator, clipped where asked for") {
+  const double max_norm = GENERATE(0.0, 0.05);
+  auto model = small_bert();
+  const auto mean_loss = [&](int64_t begin, int64_t end) {
+    return torch::cross_entropy_loss(
+        model->forward(ids(begin, end)), labels(begin, end));
+  };
+  model->eval();
+  std::map<std::string, Tensor> expected;
+  for (const auto& [begin, end] :
+       std::vector<std::pair<int64_t, int64_t>>{{0, 4}, {4, 6}}) {
+    for (const auto& [path, g] : gradients(*model, mean_loss(begin, end))) {
+      double factor = 1;
+      if (max_norm > 0) {
+        const double norm = std::sqrt(g.square().sum().item<double>());
+        factor = std::min(1.0, max_norm / (norm + 1e-6));
+      }
+      const Tensor one = (factor * g).square();
+      expected[path] = expected.count(path) != 0 ? expected[path] + one : one;
+    }
+  }
+  const auto estimate = peft::estimate_fisher(
+      *model,
+      mean_loss,
+      peft::FisherOptions(kSamples).per_batch(true).batch_size(4).max_norm(
+          max_norm));
+  check_equal(estimate.scores, expected);
+  const auto of_samples =
+      peft::estimate_fisher(*model, mean_loss, peft::FisherOptions(kSamples));
+  const auto path = std::string("classifier.weight");
+  CHECK_FALSE(torch::allclose(
+      as_map(of_samples.scores).at(path),
+      as_map(estimate.scores).at(path),
+      1e-2,
+      0));
+}
+
+TEST_CASE("Nothing of the model is another afterwards") {
+  struct Net : torch::nn::Module {
+    Net() {
+      a = register_module("a", torch::nn::Linear(4, 5));
+      norm = register_module("norm", torch::nn::BatchNorm1d(5));
+      drop = register_module("drop", torch::nn::Dropout(0.5));
+      b = register_module("b", torch::nn::Linear(5, 2));
+    }
+    Tensor forward(const Tensor& x) {
+      return b(drop(norm(a(x))));
+    }
+    torch::nn::Linear a{nullptr}, b{nullptr};
+    torch::nn::BatchNorm1d norm{nullptr};
+    torch::nn::Dropout drop{nullptr};
+  };
+  seed(1);
+  auto net = std::make_shared<Net>();
+  net->a->weight.set_requires_grad(false);
+  net->a->weight.mutable_grad() = torch::ones({5, 4});
+  net->drop->eval();
+  const auto before = state_of(*net);
+  const auto x = torch::randn({8, 4});
+  int64_t calls = 0;
+  const auto loss_of = [&](int64_t begin, int64_t end) {
+    ++calls;
+    CHECK(net->drop->is_training());
+    CHECK_FALSE(net->norm->weight.requires_grad());
+    TORCH_CHECK(calls != 3, "the loader failed");
+    return net->forward(x.slice(0, begin, end)).square().mean();
+  };
+  auto options =
+      peft::FisherOptions(8).per_batch(true).batch_size(2).train(true);
+  options.targets({"a", "b.weight"});
+
+  const auto check_state = [&] {
+    CHECK(same_state(before, state_of(*net)));
+    CHECK(torch::equal(net->a->weight.grad(), torch::ones({5, 4})));
+    CHECK_FALSE(net->b->weight.grad().defined());
+  };
+  const auto error =
+      error_of([&] { peft::estimate_fisher(*net, loss_of, options); });
+  CHECK(contains(error, "the loader failed"));
+  check_state();
+
+  calls = 10;
+  std::vector<std::pair<int64_t, int64_t>> reports;
+  options.progress([&](int64_t done, int64_t total) {
+    reports.emplace_back(done, total);
+    return done < 4;
+  });
+  torch::NoGradGuard no_grad; // the estimate has gradients of its own
+  const auto part = peft::estimate_fisher(*net, loss_of, options);
+  check_state();
+  CHECK(part.num_samples == 4);
+  CHECK(reports == std::vector<std::pair<int64_t, int64_t>>{{2, 8}, {4, 8}});
+  REQUIRE(part.scores.size() == 3);
+  CHECK(part.scores[0].first == "a.weight");
+  CHECK(part.scores[1].first == "a.bias");
+  CHECK(part.scores[2].first == "b.weight");
+  CHECK(part.scores[0].second.sizes() == net->a->weight.sizes());
+}
+
+TEST_CASE("An estimate that was ended is that of the samples it saw") {
+  auto model = small_bert();
+  const auto loss_of = [&](int64_t i) {
+    return torch::cross_entropy_loss(
+        model->forward(ids(i, i + 1)), labels(i, i + 1));
+  };
+  const auto part = peft::estimate_fisher(
+      *model,
+      loss_of,
+      peft::FisherOptions(kSamples).progress(
+          [](int64_t done, int64_t) { return done < 3; }));
+  const auto whole =
+      peft::estimate_fisher(*model, loss_of, peft::FisherOptions(3));
+  CHECK(part.num_samples == 3);
+  for (size_t i = 0; i < whole.scores.size(); ++i) {
+    CHECK(equal_bits(part.scores[i].second, whole.scores[i].second));
+  }
+}
+
+TEST_CASE("A tied weight is measured once, with the gradient of all its uses") {
+  seed(2);
+  models::Gpt2ForCausalLM model(models::Gpt2Options()
+                                    .vocab_size(11)
+                                    .n_positions(8)
+                                    .n_embd(4)
+                                    .n_layer(1)
+                                    .n_head(2));
+  model->to(torch::kDouble);
+  model->eval();
+  const auto loss_of = [&](int64_t i) {
+    return model->forward(ids(i, i + 1) % 11)
+        .log_softmax(-1)
+        .select(-1, 3)
+        .mean();
+  };
+  std::map<std::string, Tensor> expected;
+  for (int64_t i = 0; i < 2; ++i) {
+    for (const auto& [path, g] : gradients(*model, loss_of(i))) {
+      expected[path] =
+          expected.count(path) != 0 ? expected[path] + g.square() : g.square();
+    }
+  }
+  const auto estimate =
+      peft::estimate_fisher(*model, loss_of, peft::FisherOptions(2));
+  int tied = 0;
+  for (const auto& [path, score] : estimate.scores) {
+    INFO(path);
+    REQUIRE(expected.count(path) == 1);
+    CHECK(close(score, expected.at(path)));
+    tied +=
+        path == "lm_head.weight" || path == "transformer.wte.weight" ? 1 : 0;
+  }
+  CHECK(tied == 1);
+
+  // Tied by storage alone: two tensors, one gradient each.
+  torch::nn::Linear a(3, 3), b(3, 3);
+  b->weight.set_data(a->weight.detach());
+  torch::nn::Sequential pair(a, b);
+  pair->to(torch::kDouble);
+  b->weight.set_data(a->weight.detach());
+  const auto x = torch::randn({1, 3}, torch::kDouble);
+  const auto loss = [&](int64_t) { return pair->forward(x).square().sum(); };
+  const auto by_hand = gradients(*pair, loss(0));
+  const auto scores =
+      peft::estimate_fisher(*pair, loss, peft::FisherOptions(1)).scores;
+  REQUIRE(scores.size() == 3);
+  CHECK(close(
+      scores[0].second,
+      (by_hand.at("0.weight") + by_hand.at("1.weight")).square()));
+}
+
+TEST_CASE("What cannot be measured is refused, with the sample's number") {
+  torch::nn::Linear net(3, 2);
+  const auto x = torch::randn({4, 3});
+  const auto estimate = [&](auto f, const peft::FisherOptions& options) {
+    return error_of([&] { peft::estimate_fisher(*net, f, options); });
+  };
+  const auto loss = [&](int64_t i) { return net->forward(x[i]).sum(); };
+  const auto before = state_of(*net);
+  CHECK(contains(
+      estimate(loss, {0}), "at least one sample, got num_samples = 0"));
+  CHECK(contains(
+      estimate(
+          [&](int64_t i) {
+            return net->forward(x[i]).sum() *
+                (i == 2 ? std::numeric_limits<double>::quiet_NaN() : 1.0);
+          },
+          {4}),
+      "the loss of sample 2 is not finite"));
+  CHECK(contains(
+      estimate([&](int64_t i) { return net->forward(x[i]); }, {4}),
+      "for sample 0 one loss, a scalar, is wanted, got"));
+  CHECK(contains(
+      estimate(
+          [&](int64_t i) { return net->forward(x[i]).sum().detach(); }, {4}),
+      "does not depend on a measured parameter"));
+  CHECK(contains(
+      estimate(loss, peft::FisherOptions(4).variant("true")),
+      "no variant 'true'"));
+  CHECK(contains(
+      estimate(loss, peft::FisherOptions(4).measure("cube")),
+      "no measure 'cube'"));
+  CHECK(contains(
+      estimate(loss, peft::FisherOptions(4).batch_size(2)),
+      "needs a function of (begin, end)"));
+  CHECK(contains(
+      estimate(loss, peft::FisherOptions(4).batch_size(0)),
+      "batch_size must be positive"));
+  CHECK(contains(
+      estimate(
+          loss, peft::FisherOptions(4).per_batch(true).variant("expectation")),
+      "per_batch measures the loss of a batch"));
+  CHECK(contains(
+      estimate(loss, peft::FisherOptions(4).targets({"wieght"})),
+      "Did you mean 'weight'"));
+  CHECK(same_state(before, state_of(*net)));
+}
