@@ -28,6 +28,8 @@
 #include <peft/methods/lora.h>
 #include <peft/methods/bitfit.h>
 #include <peft/methods/layer_norm_tuning.h>
+#include <peft/methods/fish.h>
+#include <peft/methods/child_tuning.h>
 #include <peft/methods/ia3.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
@@ -40,6 +42,8 @@
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
 
+#include <peft/train/fisher.h>
+#include <peft/train/masked_step.h>
 #include <peft/train/check_optimizer.h>
 
 #include <peft/io/safetensors.h>

@@ -19,6 +19,7 @@
 #include <peft/io/formats/ladder.h>
 #include <peft/io/formats/layer_norm.h>
 #include <peft/io/formats/lora.h>
+#include <peft/io/formats/masked.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/safetensors.h>
 
@@ -220,6 +221,8 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<LoraFormat>(),
       std::make_shared<BitFitFormat>(),
       std::make_shared<LayerNormFormat>(),
+      std::make_shared<FishFormat>(),
+      std::make_shared<ChildTuningFormat>(),
       std::make_shared<Ia3Format>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
