@@ -106,6 +106,8 @@ struct Method {
   bool merges = false;
   /// The start is the base, to the bit.
   bool starts_as_base = false;
+  /// Stands in for whole weights: what is below has no say.
+  bool replaces = false;
 };
 
 template <class Options>
@@ -135,6 +137,10 @@ std::vector<Method> every_method() {
       false);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
   add(method("LayerNorm tuning", peft::LayerNormOptions(), all), true, true);
+  add(method("full", peft::FullTuningOptions(), all), true, true);
+  methods.back().replaces = true;
+  add(method("random mask", peft::RandomMaskOptions(0.3), all), true, true);
+  add(method("SHiRA", peft::ShiraOptions(2).random_seed(1), all), true, true);
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);
   add(method("Houlsby, zero_up", peft::HoulsbyOptions(4).zero_up(true), all),
@@ -310,7 +316,7 @@ TEST_CASE("It lives beside LoRA, and follows the network's dtype", "[every]") {
     CHECK(equal_bits(host.run(*host.module), with_lora));
     adapter.enable();
     lora.disable();
-    CHECK_FALSE(torch::equal(host.run(*host.module), both));
+    CHECK(torch::equal(host.run(*host.module), both) == method.replaces);
     lora.enable();
     CHECK(equal_bits(host.run(*host.module), both));
 

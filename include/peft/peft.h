@@ -26,10 +26,14 @@
 #include <peft/functional/soft_topk.h>
 
 #include <peft/methods/lora.h>
+#include <peft/methods/full_tuning.h>
 #include <peft/methods/bitfit.h>
 #include <peft/methods/layer_norm_tuning.h>
 #include <peft/methods/fish.h>
 #include <peft/methods/child_tuning.h>
+#include <peft/methods/sparse_mask.h>
+#include <peft/methods/sparse_tuning.h>
+#include <peft/methods/lt_sft.h>
 #include <peft/methods/ia3.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>

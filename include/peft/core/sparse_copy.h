@@ -60,6 +60,12 @@ class SparseCopy final : public Delta {
         weight, indices, target(weight, indices, values, scale));
   }
 
+  /// What training has added to the entries of `weight`, the base: [k].
+  Tensor moved(const Tensor& weight) const {
+    return additive_ ? values
+                     : values - weight.take(indices).to(values.scalar_type());
+  }
+
   std::optional<at::ScalarType> dtype() const override {
     return values.scalar_type();
   }
@@ -98,6 +104,40 @@ class SparseCopy final : public Delta {
   /// W' is built on each call: evaluation had better keep it.
   int64_t linear_cost() const override {
     return numel_;
+  }
+
+  bool has_embedding() const override {
+    return true;
+  }
+  Tensor embedding(
+      const EmbeddingCall& call,
+      const Below<EmbeddingCall>& below,
+      double scale) const override {
+    if (call.indices.numel() == 0) {
+      return below(call);
+    }
+    // Of the table only the rows that the batch asks for.
+    const auto [touched, inverse, counts] =
+        at::_unique2(call.indices, /*sorted=*/true, /*return_inverse=*/true);
+    const Tensor rows = below({call.weight, touched});
+    const int64_t width = call.weight.size(1);
+    const Tensor row = indices.div(width, "floor").to(touched.scalar_type());
+    const Tensor place =
+        at::searchsorted(touched, row).clamp_max_(touched.numel() - 1);
+    const Tensor asked =
+        touched.index_select(0, place).eq(row).nonzero().squeeze(1);
+    const Tensor places =
+        (place * width + indices.remainder(width)).index_select(0, asked);
+    const Tensor table = functional::replaced(
+        rows,
+        places,
+        target(rows, places, values.index_select(0, asked), scale));
+    const Tensor padding = touched.eq(call.padding_idx).nonzero();
+    return at::embedding(
+        table,
+        inverse,
+        padding.numel() == 0 ? -1 : padding.item<int64_t>(),
+        call.scale_grad_by_freq);
   }
 
   bool is_additive() const override {

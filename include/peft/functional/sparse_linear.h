@@ -64,9 +64,9 @@ struct SparseLinear : torch::autograd::Function<SparseLinear> {
       torch::autograd::AutogradContext* ctx,
       const Tensor& x,
       const Tensor& weight,
-      const std::optional<Tensor>& bias,
       const Tensor& places,
-      const Tensor& t) {
+      const Tensor& t,
+      const std::optional<Tensor>& bias) { // counts only where it is there
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(
         {t.requires_grad() ? x : Tensor(), weight, places, t});
@@ -85,16 +85,16 @@ struct SparseLinear : torch::autograd::Function<SparseLinear> {
     if (ctx->needs_input_grad(0)) {
       dx = at::matmul(dy, replaced(weight, places, t));
     }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) {
       db = dy2.sum(0);
     }
-    if (ctx->needs_input_grad(4)) {
+    if (ctx->needs_input_grad(3)) {
       dt = at::GradMode::is_enabled() // of a second order
           ? at::mm(dy2.t(), as_matrix(x)).take(places)
           : product_at(dy2, as_matrix(x), places);
       dt = dt.to(t.scalar_type());
     }
-    return {dx, Tensor(), db, Tensor(), dt};
+    return {dx, Tensor(), Tensor(), dt, db};
   }
 };
 
@@ -116,7 +116,7 @@ inline Tensor sparse_linear(
       (!has_bias || bias->sizes() == at::IntArrayRef({weight.size(0)})) &&
       detail::runs_plainly(x.device().type()) && !detail::has_tangent(x) &&
       !detail::has_tangent(t) && !(has_bias && detail::has_tangent(*bias));
-  return fused ? detail::SparseLinear::apply(x, weight, bias, places, t)
+  return fused ? detail::SparseLinear::apply(x, weight, places, t, bias)
                : at::linear(x, replaced(weight, places, t), bias);
 }
 

@@ -21,6 +21,7 @@
 #include <peft/io/formats/lora.h>
 #include <peft/io/formats/masked.h>
 #include <peft/io/formats/prompt.h>
+#include <peft/io/formats/sparse.h>
 #include <peft/io/safetensors.h>
 
 #include <torch/serialize.h>
@@ -235,6 +236,8 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<PrefixFormat>(),
       std::make_shared<CodaFormat>(),
       std::make_shared<LadderFormat>(),
+      std::make_shared<SparseFormat>(),
+      std::make_shared<FullTuningFormat>(),
   };
   return all;
 }

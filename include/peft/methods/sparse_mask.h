@@ -109,12 +109,17 @@ class SparseMask {
   }
   /// Of one parameter; an empty tensor where nothing of it is chosen.
   Tensor indices_of(const std::string& parameter) const {
+    const auto* entry = find(parameter);
+    return entry != nullptr ? entry->indices : at::empty({0}, at::kLong);
+  }
+  /// Null where nothing of the parameter is chosen.
+  const Entry* find(const std::string& parameter) const {
     for (const auto& entry : entries_) {
       if (entry.parameter == parameter) {
-        return entry.indices;
+        return &entry;
       }
     }
-    return at::empty({0}, at::kLong);
+    return nullptr;
   }
 
   /// An error unless `entry` is one for a parameter of that shape.

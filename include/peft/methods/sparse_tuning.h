@@ -14,12 +14,15 @@
 
 #include <peft/core/attach.h>
 #include <peft/core/sparse_copy.h>
+#include <peft/methods/lora/placement.h>
 #include <peft/methods/modules_to_save.h>
 #include <peft/methods/sparse_mask.h>
 
 #include <algorithm>
-#include <memory>
+#include <cstdint>
+#include <optional>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -41,7 +44,82 @@ struct SparseTuningOptions {
   TORCH_ARG(std::vector<std::string>, modules_to_save);
 };
 
+/// Options for sparse fine-tuning of random entries, drawn without replacement.
+///
+///   peft::RandomMaskOptions(0.005).seed(1)
+struct RandomMaskOptions {
+  RandomMaskOptions(double density = 0.005) : density_(density) {}
+
+  /// The share of the targets' entries that trains, in (0, 1].
+  TORCH_ARG(double, density);
+  /// How many entries train, instead of a share.
+  TORCH_ARG(std::optional<int64_t>, k);
+  /// The same share of each tensor; otherwise of all tensors together.
+  TORCH_ARG(bool, per_tensor) = false;
+  TORCH_ARG(uint64_t, seed) = 0;
+  /// Layers, whose weights are meant, or parameters. Default: the weights of
+  /// all linear layers.
+  TORCH_ARG(Targets, targets);
+  TORCH_ARG(std::vector<std::string>, modules_to_save);
+};
+
+/// Options for SHiRA: r (in + out) entries of each target weight.
+///
+///   peft::ShiraOptions(8).random_seed(1)
+struct ShiraOptions {
+  ShiraOptions(int64_t r = 32) : r_(r) {}
+
+  /// Entries per row and column: as many parameters as LoRA of this rank.
+  TORCH_ARG(int64_t, r);
+  /// "random"; "magnitude" (SHiRA-WM), the largest |W|; "struct", the diagonal
+  /// and as many evenly spaced whole rows as the count allows. For gradients or
+  /// |W · gradient| (SHiRA-Grad, SHiRA-SNIP) give SparseTuningOptions a top_k
+  /// of those scores.
+  TORCH_ARG(std::string, mask_type) = "random";
+  /// The seed of each weight's mask, as in HF PEFT, whose masks are the same;
+  /// by default torch's own generator.
+  TORCH_ARG(std::optional<uint64_t>, random_seed);
+  /// Layers, whose weights are meant, or parameters. Default: query and value.
+  TORCH_ARG(Targets, targets);
+  TORCH_ARG(std::vector<std::string>, modules_to_save);
+};
+
 namespace detail {
+
+/// The weights that `targets` mean, each once; by default those of the layers
+/// that `is_default` says yes to.
+template <class IsDefault>
+NamedParameters weights_of(
+    const Network& network,
+    const Targets& targets,
+    const std::vector<std::string>& modules_to_save,
+    IsDefault&& is_default) {
+  if (targets.kind() == Targets::Kind::list) {
+    check_every_name_matches(network, targets.names(), "targets", true);
+  }
+  NamedParameters result;
+  for (const auto& layer : network) {
+    for (const auto& [key, tensor] : layer.parameters) {
+      const std::string path = layer.path(key);
+      const bool wanted = tensor.defined() && tensor.is_floating_point() &&
+          (targets.empty()
+               ? tensor.dim() == 2 && is_default(layer)
+               : (tensor.dim() >= 2 && targets.matches(layer.name, layer)) ||
+                   targets.matches(path, layer));
+      if (wanted && !is_inside(path, modules_to_save) &&
+          std::none_of(result.begin(), result.end(), [&](const auto& other) {
+            return is_tied(other.second, tensor);
+          })) {
+        result.emplace_back(path, tensor);
+      }
+    }
+  }
+  TORCH_CHECK(
+      !result.empty(),
+      "peft: the targets match no weight.",
+      near_misses(network, "weight"));
+  return result;
+}
 
 /// Sites for the entries of `mask`, all of which must be there.
 inline std::vector<PlannedSite> plan_sparse(
@@ -53,41 +131,49 @@ inline std::vector<PlannedSite> plan_sparse(
       !mask.empty(),
       "peft: the mask is empty, and nothing would train; choose at least one "
       "entry (peft::top_k, peft::random_mask, SparseMask::set)");
-  std::vector<PlannedSite> sites;
+  std::vector<PlannedSite> sites; // in the network's order
+  std::unordered_set<std::string> found;
+  for (const auto& layer : network) {
+    for (const auto& [key, tensor] : layer.parameters) {
+      const std::string path = layer.path(key);
+      const auto* entry = mask.find(path);
+      if (entry == nullptr) {
+        continue;
+      }
+      found.insert(path);
+      TORCH_CHECK_VALUE(
+          !is_inside(path, modules_to_save),
+          "peft: the mask names '",
+          path,
+          "', which modules_to_save trains whole; name it in one of the two");
+      TORCH_CHECK(
+          layer.refusal.empty(),
+          "peft: '",
+          path,
+          "' cannot be adapted: ",
+          layer.refusal);
+      check_adaptable(tensor, path);
+      SparseMask::check_fits(*entry, tensor.sizes());
+      for (const auto& other : sites) {
+        TORCH_CHECK_VALUE(
+            !is_tied(other.tensor, tensor),
+            "peft: the mask names '",
+            other.parameter,
+            "' and '",
+            path,
+            "', which are one tensor in this model; name one of them");
+      }
+      sites.push_back(
+          {path,
+           path,
+           layer.name,
+           tensor,
+           SparseCopy::of(base(tensor), entry->indices, key, additive)});
+    }
+  }
   for (const auto& entry : mask.entries()) {
     TORCH_CHECK_VALUE(
-        !is_inside(entry.parameter, modules_to_save),
-        "peft: the mask names '",
-        entry.parameter,
-        "', which modules_to_save trains whole; name it in one of the two");
-    bool found = false;
-    for (const auto& layer : network) {
-      for (const auto& [key, tensor] : layer.parameters) {
-        if (layer.path(key) != entry.parameter) {
-          continue;
-        }
-        found = true;
-        check_adaptable(tensor, entry.parameter);
-        SparseMask::check_fits(entry, tensor.sizes());
-        for (const auto& other : sites) {
-          TORCH_CHECK_VALUE(
-              !is_tied(other.tensor, tensor),
-              "peft: the mask names '",
-              other.parameter,
-              "' and '",
-              entry.parameter,
-              "', which are one tensor in this model; name one of them");
-        }
-        sites.push_back(
-            {layer.path(key),
-             layer.path(key),
-             layer.name,
-             tensor,
-             SparseCopy::of(base(tensor), entry.indices, key, additive)});
-      }
-    }
-    TORCH_CHECK_VALUE(
-        found,
+        found.count(entry.parameter) != 0,
         "peft: the mask names '",
         entry.parameter,
         "', and this network has no such parameter; masks take full paths.",
@@ -108,12 +194,134 @@ inline Plan plan(const SparseTuningOptions& options, const Network& network) {
   return result;
 }
 
+inline Plan plan(const RandomMaskOptions& options, const Network& network) {
+  Shapes shapes;
+  int64_t total = 0;
+  for (const auto& item : weights_of(
+           network,
+           options.targets(),
+           options.modules_to_save(),
+           [](const Layer& layer) {
+             return Targets::all_linear().matches(layer.name, layer);
+           })) {
+    shapes.emplace_back(item.first, item.second.sizes().vec());
+    total += item.second.numel();
+  }
+  check_density(options.density());
+  TORCH_CHECK_VALUE(
+      !options.k() || !options.per_tensor(),
+      "peft: k counts entries of all tensors together; with per_tensor give a "
+      "density");
+  const int64_t k =
+      options.k().value_or(static_cast<int64_t>(options.density() * total));
+  return plan(
+      SparseTuningOptions(
+          options.per_tensor() ? random_mask_per_tensor(
+                                     shapes, options.density(), options.seed())
+                               : random_mask(shapes, k, options.seed()))
+          .modules_to_save(options.modules_to_save()),
+      network);
+}
+
+/// The entries of a weight [out, in] that SHiRA trains.
+inline Tensor shira_mask(const ShiraOptions& options, const Tensor& weight) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  const int64_t k = options.r() * (out + in);
+  Tensor mask = at::zeros({out, in}, at::kBool);
+  if (options.mask_type() == "random") {
+    const std::optional<at::Generator> generator = options.random_seed()
+        ? std::make_optional(
+              at::detail::createCPUGenerator(*options.random_seed()))
+        : std::nullopt;
+    mask.view(-1).index_fill_(
+        0, at::randperm(out * in, generator, at::kLong).slice(0, 0, k), true);
+  } else {
+    mask.diagonal().fill_(true);
+    const int64_t rows = std::max<int64_t>(0, k - std::min(out, in)) / in;
+    for (int64_t i = 0; i < rows; ++i) {
+      mask[i * out / rows].fill_(true);
+    }
+  }
+  return mask;
+}
+
+inline Plan plan(const ShiraOptions& options, const Network& network) {
+  TORCH_CHECK_VALUE(
+      options.r() > 0, "peft: r must be positive, got ", options.r());
+  const bool by_magnitude = options.mask_type() == "magnitude";
+  TORCH_CHECK_VALUE(
+      by_magnitude || options.mask_type() == "random" ||
+          options.mask_type() == "struct",
+      "peft: mask_type must be 'random', 'magnitude' or 'struct', got '",
+      options.mask_type(),
+      "'");
+  torch::NoGradGuard no_grad;
+  SparseMask mask;
+  for (const auto& [path, tensor] : weights_of(
+           network,
+           options.targets(),
+           options.modules_to_save(),
+           [](const Layer& layer) {
+             return layer.kind == LayerKind::attention ||
+                 is_query_or_value(layer);
+           })) {
+    TORCH_CHECK_VALUE(
+        tensor.dim() == 2,
+        "peft: SHiRA takes matrices, and '",
+        path,
+        "' has shape ",
+        tensor.sizes(),
+        "; name the linear layers in targets");
+    const int64_t k = options.r() * (tensor.size(0) + tensor.size(1));
+    TORCH_CHECK_VALUE(
+        k <= tensor.numel(),
+        "peft: r = ",
+        options.r(),
+        " makes ",
+        k,
+        " entries, and '",
+        path,
+        "' has only ",
+        tensor.numel(),
+        "; take a smaller r");
+    mask.set(
+        path,
+        by_magnitude
+            ? top_k({{path, base(tensor).detach().abs()}}, k).indices_of(path)
+            : shira_mask(options, tensor),
+        tensor.sizes());
+  }
+  return plan(
+      SparseTuningOptions(std::move(mask))
+          .additive(true)
+          .modules_to_save(options.modules_to_save()),
+      network);
+}
+
 } // namespace detail
 
 /// Trains the entries of the mask and freezes everything else.
 inline Adapter attach(
     torch::nn::Module& model,
     const SparseTuningOptions& options,
+    const std::string& name = "default") {
+  return detail::commit(
+      model, name, detail::plan(options, describe_network(model)));
+}
+
+/// Trains random entries and freezes everything else.
+inline Adapter attach(
+    torch::nn::Module& model,
+    const RandomMaskOptions& options,
+    const std::string& name = "default") {
+  return detail::commit(
+      model, name, detail::plan(options, describe_network(model)));
+}
+
+/// Trains SHiRA's entries, as differences from 0, and freezes everything else.
+inline Adapter attach(
+    torch::nn::Module& model,
+    const ShiraOptions& options,
     const std::string& name = "default") {
   return detail::commit(
       model, name, detail::plan(options, describe_network(model)));
