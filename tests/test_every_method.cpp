@@ -141,6 +141,11 @@ std::vector<Method> every_method() {
   methods.back().replaces = true;
   add(method("random mask", peft::RandomMaskOptions(0.3), all), true, true);
   add(method("SHiRA", peft::ShiraOptions(2).random_seed(1), all), true, true);
+  add(method("FISH mask", peft::FishOptions(0.1).selection("random"), all),
+      true,
+      true);
+  add(method("Child-tuning F", peft::ChildTuningOptions(0.5), all), true, true);
+  methods.back().replaces = true;
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);
   add(method("Houlsby, zero_up", peft::HoulsbyOptions(4).zero_up(true), all),
