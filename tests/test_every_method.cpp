@@ -168,6 +168,41 @@ std::vector<Method> every_method() {
       false,
       false);
   add(method("ladder", peft::LadderOptions(2), all), false, false);
+  add(method("scaled LoRA", peft::Scaled(peft::LoraOptions(2).alpha(4), 0.5), all),
+      true,
+      true);
+  add(method(
+          "LoRA, learned scale",
+          peft::Scaled(
+              peft::LoraOptions(2).alpha(4), peft::ScaleOptions(1).learned(true)),
+          all),
+      true,
+      true);
+  add(method("gated Houlsby", peft::Gated(peft::HoulsbyOptions(4)), all),
+      false,
+      false);
+  add(method("gated LoRA", peft::Gated(peft::LoraOptions(2).alpha(2)), all),
+      false,
+      true);
+  add(method(
+          "MAM",
+          peft::MamOptions()
+              .prefix(peft::PrefixOptions(3)
+                          .prefix_projection(true)
+                          .encoder_hidden_size(5))
+              .adapter(peft::ParallelAdapterOptions(4)),
+          all),
+      false,
+      false);
+  add(method(
+          "UniPELT",
+          peft::UniPeltOptions()
+              .lora(peft::LoraOptions(2).alpha(2))
+              .prefix(peft::PrefixOptions(3))
+              .adapter(peft::PfeifferOptions(4)),
+          all),
+      false,
+      false);
   return methods;
 }
 

@@ -29,11 +29,11 @@
 #include <peft/methods/full_tuning.h>
 #include <peft/methods/bitfit.h>
 #include <peft/methods/layer_norm_tuning.h>
-#include <peft/methods/fish.h>
-#include <peft/methods/child_tuning.h>
 #include <peft/methods/sparse_mask.h>
 #include <peft/methods/sparse_tuning.h>
 #include <peft/methods/lt_sft.h>
+#include <peft/methods/fish.h>
+#include <peft/methods/child_tuning.h>
 #include <peft/methods/ia3.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
@@ -43,6 +43,10 @@
 #include <peft/methods/prompt.h>
 #include <peft/methods/p_tuning.h>
 #include <peft/methods/prefix.h>
+#include <peft/methods/union.h>
+#include <peft/methods/decorated.h>
+#include <peft/methods/mam.h>
+#include <peft/methods/unipelt.h>
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
 

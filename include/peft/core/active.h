@@ -79,6 +79,9 @@ struct ActiveInfo : c10::DebugInfoBase {
       : names(std::move(adapters)), raw_base(base_only) {}
   explicit ActiveInfo(std::unique_ptr<const RowGroups> mixed)
       : raw_base(false), rows(std::move(mixed)) {}
+  /// For the rows of `group_` alone, which outlives this.
+  explicit ActiveInfo(const RowGroups::Group* group_)
+      : names(group_->names()), raw_base(false), group(group_) {}
 
   /// Whether the adapter takes part, in a mixed batch for some rows.
   bool contains(const std::string& name) const {
@@ -91,6 +94,8 @@ struct ActiveInfo : c10::DebugInfoBase {
   bool raw_base;
   /// The rows of a mixed batch; null where one choice counts for all.
   std::unique_ptr<const RowGroups> rows;
+  /// The rows of a mixed batch that this is for, where it is for some of them.
+  const RowGroups::Group* group = nullptr;
 };
 
 /// The kind under which the choice travels; torch defines it for tests only, so

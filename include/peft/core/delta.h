@@ -263,8 +263,13 @@ class Delta : public torch::nn::Module {
         decoration->factor_kind() == Decoration::Factor::input ? " of its input"
                                                                : "",
         " could multiply");
-    register_module(decoration->key(), decoration);
+    std::string key = decoration->key();
+    for (int i = 2; named_children().contains(key); ++i) {
+      key = decoration->key() + "_" + std::to_string(i);
+    }
+    register_module(key, decoration);
     decorations_.push_back(decoration);
+    decoration_keys_.push_back(key);
     decoration->put_on(*this);
   }
   const std::vector<std::shared_ptr<Decoration>>& decorations() const {
@@ -294,8 +299,15 @@ class Delta : public torch::nn::Module {
   void visit_decorated_state(
       c10::function_ref<void(const Tensor&)> visit) const {
     visit_state(visit);
-    if (factor_kind() == Decoration::Factor::number) {
-      visit(factor({}));
+    for (const auto& decoration : decorations_) {
+      if (decoration->factor_kind() == Decoration::Factor::number) {
+        for (const auto& t : decoration->parameters()) {
+          visit(t);
+        }
+        for (const auto& t : decoration->buffers()) {
+          visit(t);
+        }
+      }
     }
   }
   std::shared_ptr<Delta> decorated_copy() const {
@@ -343,21 +355,26 @@ class Delta : public torch::nn::Module {
         "the same weight replaces it; disable that one");
     return factor({});
   }
+  /// `term` times a factor, which may be undefined.
+  static Tensor times_factor(const Tensor& term, const Tensor& f) {
+    return f.defined() ? term * f.to(term.scalar_type()) : term;
+  }
 
  private:
   Decoration::NamedTensors with_decorations(
       Decoration::NamedTensors result,
       Decoration::NamedTensors (Decoration::*list)() const) const {
-    for (const auto& decoration : decorations_) {
-      for (auto& item : (*decoration.*list)()) {
+    for (size_t i = 0; i < decorations_.size(); ++i) {
+      for (auto& item : (*decorations_[i].*list)()) {
         result.emplace_back(
-            decoration->key() + "." + item.first, std::move(item.second));
+            decoration_keys_[i] + "." + item.first, std::move(item.second));
       }
     }
     return result;
   }
 
   std::vector<std::shared_ptr<Decoration>> decorations_;
+  std::vector<std::string> decoration_keys_; // as registered
 };
 
 namespace detail {

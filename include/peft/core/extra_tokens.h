@@ -22,6 +22,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -32,8 +34,20 @@ namespace peft {
 /// Keys and values of the attentions of one stack, `[batch, heads, length,
 /// head_dim]` a layer, after any rotation: a decoder's cache between steps.
 struct KeyValues {
+  /// A prefix that a gate on the attention's input multiplies (UniPELT).
+  struct Gated {
+    Tensor key;
+    Tensor value;
+    /// `[batch, tokens, hidden]` -> `[batch, 1, 1, 1]`.
+    std::function<Tensor(const Tensor&)> gate;
+  };
+
   std::vector<Tensor> keys;
   std::vector<Tensor> values;
+  /// What update() puts in front of a layer's keys and values once it sees the
+  /// layer's input; in a cache that is where the first tokens come by, and what
+  /// was put there then stays.
+  std::vector<std::vector<Gated>> gated;
   /// How many of the tokens in front are an adapter's.
   int64_t virtual_tokens = 0;
   /// Whether update() stores what it returns.
@@ -41,26 +55,59 @@ struct KeyValues {
 
   /// Tokens held at a layer; 0 when there are none.
   int64_t length(size_t layer) const {
-    return layer < keys.size() && keys[layer].defined() ? keys[layer].size(2)
-                                                        : 0;
+    int64_t count =
+        layer < keys.size() && keys[layer].defined() ? keys[layer].size(2) : 0;
+    if (layer < gated.size()) {
+      for (const auto& prefix : gated[layer]) {
+        count += prefix.key.size(2);
+      }
+    }
+    return count;
   }
   /// Tokens held at the layer that holds most: a prefix may leave some out.
   int64_t length() const {
     int64_t longest = 0;
-    for (size_t layer = 0; layer < keys.size(); ++layer) {
+    for (size_t layer = 0; layer < std::max(keys.size(), gated.size());
+         ++layer) {
       longest = std::max(longest, length(layer));
     }
     return longest;
   }
 
   /// All keys and values of a layer once `key` and `value` stand at its end.
-  std::pair<Tensor, Tensor>
-  update(size_t layer, const Tensor& key, const Tensor& value) {
+  /// `hidden` `[batch, tokens, hidden]` is what the attention makes its queries
+  /// of, which gated prefixes need.
+  std::pair<Tensor, Tensor> update(
+      size_t layer,
+      const Tensor& key,
+      const Tensor& value,
+      const Tensor& hidden = {}) {
+    std::vector<Tensor> all_keys, all_values;
+    if (layer < gated.size()) {
+      for (const auto& prefix : gated[layer]) {
+        TORCH_CHECK(
+            hidden.defined(),
+            "peft: gates on a site without input: the prefix of layer ",
+            layer,
+            " is gated by what goes into the attention, and the network does "
+            "not hand it over. Write there\n"
+            "  std::tie(key, value) = past->update(layer, key, value, hidden);"
+            "\nwith the tensor [batch, tokens, hidden] that the queries are "
+            "made of");
+        const Tensor g = prefix.gate(hidden);
+        all_keys.push_back(prefix.key * g.to(prefix.key.scalar_type()));
+        all_values.push_back(prefix.value * g.to(prefix.value.scalar_type()));
+      }
+    }
+    if (layer < keys.size() && keys[layer].defined()) {
+      all_keys.push_back(keys[layer].to(key.scalar_type()));
+      all_values.push_back(values[layer].to(value.scalar_type()));
+    }
     std::pair<Tensor, Tensor> all{key, value};
-    if (length(layer) > 0) {
-      all = {
-          at::cat({keys[layer].to(key.scalar_type()), key}, 2),
-          at::cat({values[layer].to(value.scalar_type()), value}, 2)};
+    if (!all_keys.empty()) {
+      all_keys.push_back(key);
+      all_values.push_back(value);
+      all = {at::cat(all_keys, 2), at::cat(all_values, 2)};
     }
     if (grows) {
       if (layer >= keys.size()) {
@@ -69,6 +116,9 @@ struct KeyValues {
       }
       keys[layer] = all.first;
       values[layer] = all.second;
+      if (layer < gated.size()) {
+        gated[layer].clear();
+      }
     }
     return all;
   }
@@ -130,6 +180,14 @@ struct TokenInputs {
         .unsqueeze(0);
   }
 
+  /// The part of attention_mask that is of `embeds`, `[batch, length]`.
+  Tensor mask_of_embeds() const {
+    const auto length = embeds.size(1);
+    return attention_mask.defined()
+        ? attention_mask.narrow(1, attention_mask.size(1) - length, length)
+        : attention_mask;
+  }
+
   /// A `[batch, length]` tensor of the tokens (token types, say) with `value`
   /// for the embeddings that adapters put in front.
   Tensor extend(const Tensor& per_token, double value) const {
@@ -172,6 +230,16 @@ class TokensDelta : public CallDelta {
   /// Keys and values, `[heads, virtual tokens, head_dim]` a layer (undefined
   /// for a layer that is left alone); empty for one of embeddings.
   virtual KeyValues key_values(double /*scale*/) const {
+    return {};
+  }
+
+  /// Whether `gate` multiplies them.
+  virtual bool is_gated() const {
+    return false;
+  }
+  /// `[batch, 1, 1, 1]` from what goes into the attention of a layer, `[batch,
+  /// tokens, hidden]`.
+  virtual Tensor gate(const Tensor& /*hidden*/, int64_t /*layer*/) const {
     return {};
   }
 
@@ -259,7 +327,7 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
         }
       } else {
         make_room(tokens, count, 0);
-        put(tokens, delta->key_values(scale), count);
+        put(tokens, *delta, scale);
       }
     }
     if (options.max_positions()) {
@@ -307,12 +375,15 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
   }
 
   /// Puts keys and values in front of what the layers will see.
-  static void put(TokenInputs& tokens, KeyValues added, int64_t count) {
+  static void put(TokenInputs& tokens, const TokensDelta& delta, double scale) {
+    const KeyValues added = delta.key_values(scale);
     KeyValues& target = tokens.cache != nullptr ? *tokens.cache : tokens.prefix;
     target.grows = tokens.cache != nullptr;
-    target.virtual_tokens += count;
+    target.virtual_tokens += delta.num_virtual_tokens();
     target.keys.resize(added.keys.size());
     target.values.resize(added.values.size());
+    target.gated.resize(
+        delta.is_gated() ? added.keys.size() : target.gated.size());
     const auto batch = tokens.embeds.size(0);
     const auto spread = [&](const Tensor& t) {
       return t.to(tokens.embeds.options())
@@ -326,6 +397,16 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
       const bool more = target.keys[i].defined();
       const Tensor key = spread(added.keys[i]);
       const Tensor value = spread(added.values[i]);
+      if (delta.is_gated()) {
+        const auto owner = std::static_pointer_cast<const TokensDelta>(
+            delta.shared_from_this());
+        const auto layer = static_cast<int64_t>(i);
+        target.gated[i].push_back(
+            {key, value, [owner, layer](const Tensor& hidden) {
+               return owner->gate(hidden, layer);
+             }});
+        continue;
+      }
       target.keys[i] = more ? at::cat({key, target.keys[i]}, 2) : key;
       target.values[i] = more ? at::cat({value, target.values[i]}, 2) : value;
     }

@@ -21,6 +21,7 @@
 #include <peft/io/formats/lora.h>
 #include <peft/io/formats/masked.h>
 #include <peft/io/formats/prompt.h>
+#include <peft/io/formats/union.h>
 #include <peft/io/formats/sparse.h>
 #include <peft/io/safetensors.h>
 
@@ -238,6 +239,9 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<LadderFormat>(),
       std::make_shared<SparseFormat>(),
       std::make_shared<FullTuningFormat>(),
+      std::make_shared<GatedFormat>(&formats),
+      std::make_shared<ScaledFormat>(&formats),
+      std::make_shared<UnionFormat>(&formats),
   };
   return all;
 }

@@ -26,6 +26,7 @@
 
 #include <torch/nn/modules/transformerlayer.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -118,7 +119,7 @@ class PfeifferLoopDelta final : public LoopDelta {
     if (bottleneck.is_empty() || is_dropped(first_ + call.layer)) {
       return h;
     }
-    const Tensor f = factor(h, scale, call.layer);
+    const Tensor f = factor(h, scale, part_of(call.layer));
     const Tensor term = bottleneck->forward(h);
     return f.defined() ? h + term * f.to(term.scalar_type())
                        : at::add(h, term, scale);
@@ -136,7 +137,7 @@ class PfeifferLoopDelta final : public LoopDelta {
     return 0;
   }
   int64_t factor_parts() const override {
-    return static_cast<int64_t>(bottlenecks_.size());
+    return part_of(static_cast<int64_t>(bottlenecks_.size()));
   }
 
   std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
@@ -179,6 +180,14 @@ class PfeifferLoopDelta final : public LoopDelta {
   }
 
  private:
+  /// How many layers below this one have a bottleneck.
+  int64_t part_of(int64_t layer) const {
+    return std::count_if(
+        bottlenecks_.begin(),
+        bottlenecks_.begin() + layer,
+        [](const Bottleneck& bottleneck) { return !bottleneck.is_empty(); });
+  }
+
   std::vector<Bottleneck> bottlenecks_;
   int64_t first_;
 };

@@ -133,6 +133,9 @@ class PrefixDelta final : public TokensDelta {
     if (scale != 1.0) {
       all = all * scale;
     }
+    if (factor_kind() == Decoration::Factor::number) {
+      all = times_factor(all, number_factor());
+    }
     const int64_t layers = stack_.num_layers();
     const auto blocks =
         all.view({all.size(0), -1, stack_.num_heads(), stack_.head_dim()})
@@ -152,6 +155,24 @@ class PrefixDelta final : public TokensDelta {
       result.values.push_back(blocks[2 * row + 1]);
     }
     return result;
+  }
+
+  /// A gate takes the place of a factor on what a prefix adds: it multiplies
+  /// the keys and values, as UniPELT's published code has it.
+  bool takes_factor(Decoration::Factor /*kind*/) const override {
+    return true;
+  }
+  int64_t factor_features() const override {
+    return stack_.hidden_size();
+  }
+  int64_t factor_parts() const override {
+    return part_of(stack_.num_layers());
+  }
+  bool is_gated() const override {
+    return factor_kind() == Decoration::Factor::input;
+  }
+  Tensor gate(const Tensor& hidden, int64_t layer) const override {
+    return factor(hidden, 1.0, part_of(layer)).view({-1, 1, 1, 1});
   }
 
   /// Starts from keys and values of zero.
@@ -207,8 +228,11 @@ class PrefixDelta final : public TokensDelta {
       const override {
     std::vector<std::pair<std::string, Tensor>> result;
     if (is_projected()) {
-      for (const auto& item : named_parameters()) {
-        result.emplace_back(item.key(), item.value());
+      for (const auto& item : embedding->named_parameters()) {
+        result.emplace_back("embedding." + item.key(), item.value());
+      }
+      for (const auto& item : transform->named_parameters()) {
+        result.emplace_back("transform." + item.key(), item.value());
       }
     }
     return result;
@@ -231,6 +255,15 @@ class PrefixDelta final : public TokensDelta {
   torch::nn::Sequential transform{nullptr};
 
  private:
+  /// How many layers below this one have a prefix.
+  int64_t part_of(int64_t layer) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < layer; ++i) {
+      count += is_left_out(options_.leave_out(), i) ? 0 : 1;
+    }
+    return count;
+  }
+
   PrefixOptions options_;
   ExtraTokensOptions stack_;
 };
@@ -347,6 +380,22 @@ inline std::vector<TokenSite> prefix_places(
     }
   }
   return places;
+}
+
+/// A prefix in every attention of the network, unless its options name stacks.
+inline PrefixOptions in_every_stack(
+    PrefixOptions options,
+    const Network& network) {
+  if (options.stacks().empty()) {
+    for (const auto& place : token_sites(network, "prefix tuning")) {
+      const auto& stack = place.second->options.stack();
+      auto& named = options.stacks();
+      if (std::find(named.begin(), named.end(), stack) == named.end()) {
+        named.push_back(stack);
+      }
+    }
+  }
+  return options;
 }
 
 /// Whether a cache fits a stack: one row, enough tokens, all layers and heads.

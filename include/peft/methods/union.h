@@ -28,6 +28,10 @@ struct UnionPart {
 /// Plan::options of a union: what it is made of, in the order of joining.
 struct UnionParts {
   std::vector<UnionPart> parts;
+  /// What was put on all of them (methods/decorated.h: GateOptions, ...).
+  std::any decoration{};
+  /// The modules (heads) that it was not put on.
+  std::vector<std::string> plain{};
 };
 
 /// "PREFIX_TUNING" -> "prefix_tuning", or "prefix_tuning_2" where that is
@@ -104,6 +108,15 @@ inline void join(Plan& whole, Plan&& part, const std::string& key = "") {
         "' out, or attach it as an adapter of its own");
   }
   parts.push_back({name, part.method, std::move(part.options)});
+}
+
+/// Options of a part that trains the union's heads too: the other parts keep
+/// off them, and join() takes them once.
+template <class Options>
+Options with_heads(Options options, const std::vector<std::string>& heads) {
+  auto all = options.modules_to_save();
+  all.insert(all.end(), heads.begin(), heads.end());
+  return options.modules_to_save(all);
 }
 
 } // namespace detail

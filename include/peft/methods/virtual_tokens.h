@@ -104,17 +104,17 @@ inline at::TensorOptions trained_options(const Network& network) {
   return like.options().dtype(adapter_dtype(like));
 }
 
-/// Gives `to` the values and requires_grad of `from`, parameter by parameter;
-/// both have the same.
+/// Gives `to` the values and requires_grad of `from`, which has the same
+/// parameters and perhaps a decoration's.
 inline void copy_parameters(
     const torch::nn::Module& from,
     torch::nn::Module& to) {
   torch::NoGradGuard no_grad;
-  auto theirs = to.named_parameters();
-  for (const auto& item : from.named_parameters()) {
-    Tensor& own = theirs[item.key()];
-    own.set_data(item.value().detach().clone());
-    own.set_requires_grad(item.value().requires_grad());
+  const auto theirs = from.named_parameters();
+  for (auto& item : to.named_parameters()) {
+    const Tensor& value = theirs[item.key()];
+    item.value().set_data(value.detach().clone());
+    item.value().set_requires_grad(value.requires_grad());
   }
 }
 

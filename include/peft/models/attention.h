@@ -115,14 +115,6 @@ LayerCall normalised(LayerCall call, Norm& norm) {
   return call;
 }
 
-/// The part of a decoder's attention mask that belongs to the tokens of this
-/// call, `[batch, length]`.
-inline Tensor mask_of_new_tokens(const TokenInputs& tokens) {
-  const auto& mask = tokens.attention_mask;
-  const auto length = tokens.embeds.size(1);
-  return mask.defined() ? mask.narrow(1, mask.size(1) - length, length) : mask;
-}
-
 /// Errors for inputs that do not fit each other.
 inline void check_decoder_inputs(
     const Tensor& input_ids,

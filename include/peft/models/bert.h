@@ -11,6 +11,7 @@
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/core/padding.h>
 
 #include <torch/arg.h>
 #include <torch/nn/cloneable.h>
@@ -186,7 +187,7 @@ struct BertSelfAttentionImpl : torch::nn::Cloneable<BertSelfAttentionImpl> {
     auto k = split(key->forward(call.context));
     auto v = split(value->forward(call.context));
     if (past != nullptr) {
-      std::tie(k, v) = past->update(call.layer, k, v);
+      std::tie(k, v) = past->update(call.layer, k, v, call.hidden);
     }
     const auto context = at::scaled_dot_product_attention(
         split(query->forward(call.hidden)),
@@ -420,6 +421,7 @@ struct BertModelImpl : torch::nn::Cloneable<BertModelImpl> {
          options.roberta_positions()
              ? embeddings->position_ids(input_ids) - options.first_position()
              : Tensor()});
+    const PaddingScope padding(tokens.mask_of_embeds());
     const auto hidden = embeddings->forward(
         tokens.embeds, tokens.positions(), tokens.extend(types, 0));
     return encoder->forward(hidden, tokens.attention_mask, tokens.key_values())

@@ -11,6 +11,7 @@
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/core/padding.h>
 #include <peft/models/attention.h>
 #include <peft/models/lm_head.h>
 
@@ -151,8 +152,8 @@ struct Gpt2AttentionImpl : torch::nn::Cloneable<Gpt2AttentionImpl> {
     auto key = of_context[1];
     auto value = of_context[2];
     if (past != nullptr) {
-      std::tie(key, value) =
-          past->update(cache_slot(call, options.n_layer()), key, value);
+      std::tie(key, value) = past->update(
+          cache_slot(call, options.n_layer()), key, value, call.hidden);
     }
     const auto attended = causal_attention(
         of_hidden[0],
@@ -268,6 +269,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
     check_decoder_inputs(input_ids, attention_mask, position_ids, cache);
     auto tokens = extra_tokens->forward(
         {wte->forward(input_ids), attention_mask, position_ids, cache});
+    const PaddingScope padding(tokens.mask_of_embeds());
     check_length(tokens);
     const auto mask = causal_mask(tokens);
     const auto past = tokens.past(); // before the cache grows
@@ -276,7 +278,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
     return layer_loop
         ->forward(
             hidden,
-            mask_of_new_tokens(tokens),
+            tokens.mask_of_embeds(),
             *h,
             [&](torch::nn::Module& block, const LayerCall& call) {
               return block.as<Gpt2BlockImpl>()->forward(

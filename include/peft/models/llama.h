@@ -14,6 +14,7 @@
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/core/padding.h>
 #include <peft/models/attention.h>
 #include <peft/models/lm_head.h>
 
@@ -223,7 +224,7 @@ struct LlamaAttentionImpl : torch::nn::Cloneable<LlamaAttentionImpl> {
     auto value = split(v_proj->forward(call.context));
     if (past != nullptr) {
       const auto slot = cache_slot(call, options.num_hidden_layers());
-      std::tie(key, value) = past->update(slot, key, value);
+      std::tie(key, value) = past->update(slot, key, value, call.hidden);
     }
     return o_proj->forward(causal_attention(
         query,
@@ -351,6 +352,7 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
          attention_mask,
          position_ids,
          cache});
+    const PaddingScope padding(tokens.mask_of_embeds());
     const auto mask = causal_mask(tokens);
     const auto past = tokens.past(); // before the cache grows
     const auto positions = tokens.positions();
@@ -365,7 +367,7 @@ struct LlamaModelImpl : torch::nn::Cloneable<LlamaModelImpl> {
     return layer_loop
         ->forward(
             tokens.embeds,
-            mask_of_new_tokens(tokens),
+            tokens.mask_of_embeds(),
             *layers,
             [&](torch::nn::Module& block, const LayerCall& call) {
               auto& layer = *block.as<LlamaDecoderLayerImpl>();

@@ -18,6 +18,7 @@
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/core/padding.h>
 #include <peft/models/attention.h>
 #include <peft/models/generation.h>
 #include <peft/models/lm_head.h>
@@ -108,6 +109,7 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
          attention_mask,
          {},
          cache ? &cache->self_attention : nullptr});
+    const PaddingScope padding(tokens.mask_of_embeds());
     TokenInputs memory(
         encoded.hidden,
         encoded.attention_mask,
@@ -123,7 +125,8 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
         memory.embeds,
         key_mask(memory.attention_mask),
         memory.key_values(),
-        cache != nullptr && cache->has_encoder};
+        cache != nullptr && cache->has_encoder,
+        encoded.attention_mask};
     const auto run = [&](torch::nn::Module& each, const LayerCall& call) {
       auto& layer = *each.as<T5BlockImpl>();
       if (call.side && layer.has_relative_attention_bias) {
@@ -141,7 +144,7 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
     };
     const auto output = layer_loop->forward(
         dropout->forward(tokens.embeds),
-        mask_of_new_tokens(tokens),
+        tokens.mask_of_embeds(),
         *block,
         run,
         torch::nn::AnyModule(final_layer_norm));
@@ -150,7 +153,7 @@ struct T5StackImpl : torch::nn::Cloneable<T5StackImpl> {
     }
     return {
         dropout->forward(output.hidden),
-        mask_of_new_tokens(tokens),
+        tokens.mask_of_embeds(),
         output.side.defined() ? dropout->forward(output.side) : output.side};
   }
 

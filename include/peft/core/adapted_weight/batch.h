@@ -85,7 +85,7 @@ class GroupScope {
   explicit GroupScope(const RowGroups::Group& group)
       : guard_(
             active_info_kind(),
-            std::make_shared<ActiveInfo>(group.names(), false)) {}
+            std::make_shared<ActiveInfo>(&group)) {}
 
  private:
   c10::DebugInfoGuard guard_;

@@ -35,7 +35,7 @@ class VirtualTokensFormat : public AdapterFormat {
     for (const auto& site : adapter.sites) {
       const bool is_tokens =
           dynamic_cast<const TokensDelta*>(site.delta.get()) != nullptr;
-      for (const auto& item : site.delta->file_tensors()) {
+      for (const auto& item : site.delta->all_file_tensors()) {
         tensors.emplace_back(
             (is_tokens ? "" : "base_model.") +
                 file_key(site.file_prefix, item.first),

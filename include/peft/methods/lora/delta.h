@@ -62,15 +62,12 @@ class LoraDelta final : public Delta {
     const double s = scale * config_.scaling;
     const auto dtype = weight.scalar_type();
     const Tensor f = number_factor();
-    const auto times_factor = [&](const Tensor& B) {
-      return f.defined() ? B.to(dtype) * f.to(dtype) : B.to(dtype);
-    };
     if (config_.layout == Layout::convolution) {
       TORCH_CHECK(!is_dense_grouped(weight), obstacle_);
       return weight +
           functional::lora_convolution_delta(
                  lora_A.to(dtype),
-                 times_factor(lora_B),
+                 times_factor(lora_B.to(dtype), f),
                  s,
                  config_.groups,
                  weight.sizes());
@@ -79,7 +76,8 @@ class LoraDelta final : public Delta {
     // Weights of more dimensions count as matrices [out, rest].
     const Tensor matrix =
         weight.dim() == 2 ? weight : weight.reshape({weight.size(0), -1});
-    return functional::lora_merged(matrix, down.to(dtype), times_factor(up), s)
+    return functional::lora_merged(
+               matrix, down.to(dtype), times_factor(up.to(dtype), f), s)
         .reshape(weight.sizes());
   }
 
@@ -152,15 +150,15 @@ class LoraDelta final : public Delta {
     const Tensor y = below(call);
     const Tensor term =
         functional::lora_linear_term(call.x, down, up, s, dropout_now());
-    return (y + (f.defined() ? term * f.to(term.scalar_type()) : term))
-        .to(y.scalar_type());
+    return (y + times_factor(term, f)).to(y.scalar_type());
   }
 
   bool takes_factor(Decoration::Factor kind) const override {
-    return kind == Decoration::Factor::none || has_linear();
+    return kind != Decoration::Factor::input ||
+        (has_linear() && config_.layout != Layout::embedding);
   }
   int64_t factor_features() const override {
-    return factors().first.size(1);
+    return lora_A.size(1);
   }
 
   int64_t linear_cost() const override {
@@ -198,16 +196,15 @@ class LoraDelta final : public Delta {
       const Below<EmbeddingCall>& below,
       double scale) const override {
     const Tensor y = below(call);
-    return (y +
-            functional::lora_embedding_term(
-                call.indices,
-                lora_A,
-                lora_B,
-                scale * config_.scaling,
-                call.padding_idx,
-                call.scale_grad_by_freq,
-                call.sparse))
-        .to(y.scalar_type());
+    const Tensor term = functional::lora_embedding_term(
+        call.indices,
+        lora_A,
+        lora_B,
+        scale * config_.scaling,
+        call.padding_idx,
+        call.scale_grad_by_freq,
+        call.sparse);
+    return (y + times_factor(term, factor({}))).to(y.scalar_type());
   }
 
   bool has_convolution() const override {
@@ -226,16 +223,15 @@ class LoraDelta final : public Delta {
       return (y + functional::convolution(x, change, std::nullopt, call.args))
           .to(y.scalar_type());
     }
-    return (y +
-            functional::lora_convolution_term(
-                call.x,
-                lora_A,
-                lora_B,
-                scale * config_.scaling,
-                call.args,
-                is_dense_grouped(call.weight) ? 1 : call.args.groups,
-                dropout_now()))
-        .to(y.scalar_type());
+    const Tensor term = functional::lora_convolution_term(
+        call.x,
+        lora_A,
+        lora_B,
+        scale * config_.scaling,
+        call.args,
+        is_dense_grouped(call.weight) ? 1 : call.args.groups,
+        dropout_now());
+    return (y + times_factor(term, factor({}))).to(y.scalar_type());
   }
 
   std::vector<std::pair<std::string, Tensor>> file_tensors() const override {

@@ -5,6 +5,7 @@
 
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
+#include <peft/core/padding.h>
 #include <peft/models/attention.h>
 
 #include <torch/arg.h>
@@ -284,6 +285,9 @@ struct T5Source {
   Tensor mask;
   KeyValues* cache = nullptr; // stands in front, and grows where it may
   bool is_cached = false; // `cache` holds the keys and values of `states`
+  /// Which of `states` are padding, where they are another stack's; undefined
+  /// inside: none.
+  std::optional<Tensor> padding = std::nullopt;
 };
 
 /// Multi-head attention, `[batch, queries, d_model]` -> the same.
@@ -346,10 +350,16 @@ struct T5AttentionImpl : torch::nn::Cloneable<T5AttentionImpl> {
       keys = source.cache->keys.at(slot);
       values = source.cache->values.at(slot);
     } else {
+      std::optional<PaddingScope> of_states;
+      if (source.padding) {
+        of_states.emplace(*source.padding);
+      }
       keys = split(k->forward(source.states));
       values = split(v->forward(source.states));
+      of_states.reset();
       if (source.cache != nullptr) {
-        std::tie(keys, values) = source.cache->update(slot, keys, values);
+        std::tie(keys, values) =
+            source.cache->update(slot, keys, values, hidden);
       }
     }
     std::optional<Tensor> mask;
