@@ -1,9 +1,9 @@
 #pragma once
 
 /// The operating system, in one place: reading a file through memory, replacing
-/// a file whole, keeping a library loaded. Linux and macOS have their branch;
-/// elsewhere, and with PEFT_PORTABLE defined, standard C++ does the same work
-/// (reads into memory, no promise after a power cut).
+/// a file whole, appending to one, keeping a library loaded. Linux and macOS
+/// have their branch; elsewhere, and with PEFT_PORTABLE defined, standard C++
+/// does the same work (reads into memory, no promise after a power cut).
 
 #include <c10/util/Exception.h>
 
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -22,6 +23,7 @@
 #define PEFT_POSIX 1
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -95,6 +97,33 @@ class AtomicFile {
 
   std::filesystem::path target_;
   std::filesystem::path temporary_;
+#if PEFT_POSIX
+  int file_ = -1;
+#else
+  std::ofstream file_;
+#endif
+};
+
+/// A file that grows by what is appended, each piece on the disk when append()
+/// returns. On POSIX no other AppendFile can have it open meanwhile.
+class AppendFile {
+ public:
+  /// Opens `path`, made if need be; throws c10::Error when that fails.
+  explicit AppendFile(const std::string& path);
+  ~AppendFile();
+  AppendFile(const AppendFile&) = delete;
+  AppendFile& operator=(const AppendFile&) = delete;
+
+  /// All that is in the file.
+  std::string read() const;
+  /// Cuts the file to its first `size` bytes.
+  void truncate(size_t size);
+  void append(const std::string& text);
+
+ private:
+  [[noreturn]] void fail(const char* what, int error) const;
+
+  std::string path_;
 #if PEFT_POSIX
   int file_ = -1;
 #else
@@ -209,6 +238,36 @@ inline void AtomicFile::fail(const char* what, int error) {
 
 #if PEFT_POSIX
 
+/// A new name is on the disk only when its folder is.
+inline void sync_folder_of(const std::filesystem::path& path) {
+  const auto folder = path.parent_path();
+  const int entry =
+      ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_CLOEXEC);
+  if (entry >= 0) {
+    ::fsync(entry);
+    ::close(entry);
+  }
+}
+
+/// Writes all of `count` bytes to an open file; the error number, or 0.
+inline int write_all(int file, const void* bytes, size_t count) {
+  const auto* next = static_cast<const char*>(bytes);
+  while (count > 0) {
+    // One call may write at most 2 GiB on some systems.
+    const size_t part = count < (size_t{1} << 30) ? count : size_t{1} << 30;
+    const auto written = ::write(file, next, part);
+    if (written < 0 && errno == EINTR) {
+      continue;
+    }
+    if (written < 0) {
+      return errno;
+    }
+    next += written;
+    count -= static_cast<size_t>(written);
+  }
+  return 0;
+}
+
 inline AtomicFile::AtomicFile(const std::string& path)
     : target_(resolve_link(path)) {
   do {
@@ -226,19 +285,8 @@ inline AtomicFile::AtomicFile(const std::string& path)
 inline void AtomicFile::write(const void* bytes, size_t count) {
   TORCH_CHECK(
       file_ >= 0, "peft: ", target_.string(), " is already closed for writing");
-  const auto* next = static_cast<const char*>(bytes);
-  while (count > 0) {
-    // One call may write at most 2 GiB on some systems.
-    const size_t part = count < (size_t{1} << 30) ? count : size_t{1} << 30;
-    const auto written = ::write(file_, next, part);
-    if (written < 0 && errno == EINTR) {
-      continue;
-    }
-    if (written < 0) {
-      fail("write", errno);
-    }
-    next += written;
-    count -= static_cast<size_t>(written);
+  if (const int error = write_all(file_, bytes, count); error != 0) {
+    fail("write", error);
   }
 }
 
@@ -262,14 +310,7 @@ inline void AtomicFile::commit() {
     fail("replace", errno);
   }
   temporary_.clear();
-  // The new name is on the disk only when the folder is.
-  const auto folder = target_.parent_path();
-  const int entry =
-      ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_CLOEXEC);
-  if (entry >= 0) {
-    ::fsync(entry);
-    ::close(entry);
-  }
+  sync_folder_of(target_);
 }
 
 inline void AtomicFile::discard() noexcept {
@@ -338,6 +379,114 @@ inline void AtomicFile::discard() noexcept {
 inline AtomicFile::~AtomicFile() {
   discard();
 }
+
+// ~~~~ AppendFile ~~~~
+
+inline void AppendFile::fail(const char* what, int error) const {
+  TORCH_CHECK(
+      false,
+      "peft: cannot ",
+      what,
+      " ",
+      path_,
+      ": ",
+      error != 0 ? system_message(error) : "the disk may be full");
+}
+
+#if PEFT_POSIX
+
+inline AppendFile::AppendFile(const std::string& path) : path_(path) {
+  file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  if (file_ < 0) {
+    fail("open", errno);
+  }
+  // Where a file system knows no locks the file is open without one.
+  if (::flock(file_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    ::close(file_);
+    TORCH_CHECK(
+        false,
+        "peft: ",
+        path,
+        " is open for writing already, here or in another program; let that "
+        "end first");
+  }
+  sync_folder_of(path);
+}
+
+inline AppendFile::~AppendFile() {
+  ::close(file_);
+}
+
+inline std::string AppendFile::read() const {
+  std::string text;
+  char part[1 << 16];
+  for (off_t at = 0;;) {
+    const auto count = ::pread(file_, part, sizeof(part), at);
+    if (count < 0 && errno == EINTR) {
+      continue;
+    }
+    if (count < 0) {
+      fail("read", errno);
+    }
+    if (count == 0) {
+      return text;
+    }
+    text.append(part, static_cast<size_t>(count));
+    at += count;
+  }
+}
+
+inline void AppendFile::truncate(size_t size) {
+  if (::ftruncate(file_, static_cast<off_t>(size)) != 0 ||
+      ::fsync(file_) != 0) {
+    fail("cut", errno);
+  }
+}
+
+inline void AppendFile::append(const std::string& text) {
+  const int error = write_all(file_, text.data(), text.size());
+  if (error != 0) {
+    fail("write", error);
+  }
+  if (::fsync(file_) != 0) {
+    fail("write", errno);
+  }
+}
+
+#else
+
+inline AppendFile::AppendFile(const std::string& path)
+    : path_(path), file_(path, std::ios::binary | std::ios::app) {
+  if (!file_) {
+    fail("open", errno);
+  }
+}
+
+inline AppendFile::~AppendFile() = default;
+
+inline std::string AppendFile::read() const {
+  std::ifstream file(path_, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline void AppendFile::truncate(size_t size) {
+  std::error_code error;
+  file_.close();
+  std::filesystem::resize_file(path_, size, error);
+  if (error) {
+    fail("cut", error.value());
+  }
+  file_.open(path_, std::ios::binary | std::ios::app);
+}
+
+inline void AppendFile::append(const std::string& text) {
+  file_ << text << std::flush;
+  if (!file_) {
+    fail("write", errno);
+  }
+}
+
+#endif
 
 // ~~~~ keep_loaded ~~~~
 
