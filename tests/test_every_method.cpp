@@ -147,6 +147,9 @@ std::vector<Method> every_method() {
   add(method("Child-tuning F", peft::ChildTuningOptions(0.5), all), true, true);
   methods.back().replaces = true;
   add(method("(IA)3", peft::Ia3Options(), all), true, true);
+  add(method("KronA", peft::KronaOptions(), all), true, true);
+  add(method("intrinsic", peft::IntrinsicOptions(60), all), true, true);
+  add(method("SAID", peft::IntrinsicOptions(80).said(true), all), true, true);
   add(method("Houlsby", peft::HoulsbyOptions(4), all), false, false);
   add(method("Houlsby, zero_up", peft::HoulsbyOptions(4).zero_up(true), all),
       false,

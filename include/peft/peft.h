@@ -35,6 +35,8 @@
 #include <peft/methods/fish.h>
 #include <peft/methods/child_tuning.h>
 #include <peft/methods/ia3.h>
+#include <peft/methods/krona.h>
+#include <peft/methods/intrinsic.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
 #include <peft/methods/parallel_adapter.h>

@@ -158,7 +158,7 @@ def krona(a1, a2, b1, b2, s):
 
 def write(name, tensors):
     save_file(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+        {k: np.array(v, order="C") for k, v in tensors.items()},
         OUT / f"{name}.safetensors",
     )
 

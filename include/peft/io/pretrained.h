@@ -16,6 +16,8 @@
 #include <peft/io/formats/coda.h>
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/ia3.h>
+#include <peft/io/formats/intrinsic.h>
+#include <peft/io/formats/krona.h>
 #include <peft/io/formats/ladder.h>
 #include <peft/io/formats/layer_norm.h>
 #include <peft/io/formats/lora.h>
@@ -226,6 +228,8 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<FishFormat>(),
       std::make_shared<ChildTuningFormat>(),
       std::make_shared<Ia3Format>(),
+      std::make_shared<KronaFormat>(),
+      std::make_shared<IntrinsicFormat>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
       std::make_shared<AdapterHubFormat>("PARALLEL_ADAPTER"),

@@ -330,7 +330,7 @@ inline void check(const KronaOptions& options) {
           (options.shape().size() == 2 && options.shape()[0] > 0 &&
            options.shape()[1] > 0),
       "peft: KronA's shape is that of A, two positive numbers, got ",
-      options.shape());
+      at::IntArrayRef(options.shape()));
   TORCH_CHECK_VALUE(
       options.shape().empty() || !options.budget(),
       "peft: shape says what KronA's factors take, and so does budget; set one "
