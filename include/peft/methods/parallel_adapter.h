@@ -142,6 +142,32 @@ class ParallelInputDelta final : public BottleneckDelta {
   }
 };
 
+/// The term that `input` has computed for y.
+inline Tensor term_for(const ParallelInputDelta& input, const Tensor& y) {
+  const auto term = take_over(&input);
+  TORCH_CHECK(
+      term.has_value(),
+      "peft: a parallel adapter misses what it computes at its first layer: "
+      "that layer has not run in this thread since the second one last did, "
+      "or the adapter was switched on between the two. Both must run in one "
+      "thread, one after the other; pair other layers by inputs({...}) and "
+      "targets({...})");
+  TORCH_CHECK(
+      term->defined(),
+      "peft: a parallel adapter needs the input of its first layer, and that "
+      "layer's weight was read instead: it is used otherwise than by linear, "
+      "matmul or addmm on inputs of two dimensions or more, or an adapter "
+      "beside this one on the same weight replaces it; disable that one");
+  TORCH_CHECK(
+      term->sizes() == y.sizes(),
+      "peft: a parallel adapter computes ",
+      term->sizes(),
+      " from the input of its first layer, and the second one makes ",
+      y.sizes(),
+      "; the two must see the same tokens");
+  return *term;
+}
+
 /// On the bias, or the weight, of the layer that makes y: adds the term.
 class ParallelOutputDelta final : public Delta {
  public:
@@ -158,28 +184,7 @@ class ParallelOutputDelta final : public Delta {
     if (is_dropped(input_->layer)) {
       return y;
     }
-    const auto term = take_over(input_.get());
-    TORCH_CHECK(
-        term.has_value(),
-        "peft: a parallel adapter misses what it computes at its first layer: "
-        "that layer has not run in this thread since the second one last did, "
-        "or the adapter was switched on between the two. Both must run in one "
-        "thread, one after the other; pair other layers by inputs({...}) and "
-        "targets({...})");
-    TORCH_CHECK(
-        term->defined(),
-        "peft: a parallel adapter needs the input of its first layer, and that "
-        "layer's weight was read instead: it is used otherwise than by linear, "
-        "matmul or addmm on inputs of two dimensions or more, or an adapter "
-        "beside this one on the same weight replaces it; disable that one");
-    TORCH_CHECK(
-        term->sizes() == y.sizes(),
-        "peft: a parallel adapter computes ",
-        term->sizes(),
-        " from the input of its first layer, and the second one makes ",
-        y.sizes(),
-        "; the two must see the same tokens");
-    return (y + *term).to(y.scalar_type());
+    return (y + term_for(*input_, y)).to(y.scalar_type());
   }
 
   void relink(const std::function<std::shared_ptr<Delta>(const Delta*)>&
@@ -260,21 +265,40 @@ inline int64_t bottleneck_width(
       neither ? std::optional<double>(2) : options.reduction_factor());
 }
 
-inline Plan plan(
+inline BottleneckOptions bottleneck_options(
+    const ParallelAdapterOptions& options,
+    int64_t width) {
+  return BottleneckOptions(width, bottleneck_width(options, width))
+      .non_linearity(options.non_linearity())
+      .init("lora")
+      .scaling(options.scaling())
+      .learned_scaling(options.learned_scaling())
+      .layer_norm(options.layer_norm())
+      .dropout(options.dropout())
+      .bias(options.bias());
+}
+
+/// The layers to whose output the adapters add.
+inline std::vector<const Layer*> parallel_outputs(
     const ParallelAdapterOptions& options,
     const Network& network) {
-  Plan result;
-  result.method = "PARALLEL_ADAPTER";
-  result.options = options;
-  const auto standard = layers_in_roles(network, {"output"});
-  const auto outputs = options.targets().empty()
-      ? standard
+  return options.targets().empty()
+      ? layers_in_roles(network, {"output"})
       : layers_in_targets(
             network,
             options.targets(),
             "targets",
             "a linear layer",
             [](const Layer& layer) { return output_width(layer) > 0; });
+}
+
+inline Plan plan(
+    const ParallelAdapterOptions& options,
+    const Network& network) {
+  Plan result;
+  result.method = "PARALLEL_ADAPTER";
+  result.options = options;
+  const auto outputs = parallel_outputs(options, network);
   const auto inputs = options.inputs().empty()
       ? layers_in_roles(network, {"intermediate"})
       : layers_in_targets(
@@ -291,7 +315,7 @@ inline Plan plan(
       "to read by inputs({...}) and those to whose output they add by "
       "targets({...}).",
       linear_layers_of(network));
-  const LayerNumbers numbers(standard, outputs);
+  const LayerNumbers numbers(layers_in_roles(network, {"output"}), outputs);
   check_leave_out(options.leave_out(), numbers.count());
 
   for (const Layer* output : outputs) {
@@ -324,16 +348,7 @@ inline Plan plan(
         "', whose weight is ",
         weight.sizes(),
         "; the two must have the same width");
-    auto made = make_bottleneck(
-        BottleneckOptions(d, bottleneck_width(options, d))
-            .non_linearity(options.non_linearity())
-            .init("lora")
-            .scaling(options.scaling())
-            .learned_scaling(options.learned_scaling())
-            .layer_norm(options.layer_norm())
-            .dropout(options.dropout())
-            .bias(options.bias()),
-        weight);
+    auto made = make_bottleneck(bottleneck_options(options, d), weight);
     auto first = std::make_shared<ParallelInputDelta>(std::move(made), number);
     const std::string last = output_parameter(*output);
     result.sites.push_back(

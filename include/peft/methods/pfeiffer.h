@@ -89,7 +89,7 @@ class PfeifferNormDelta final : public BottleneckDelta {
 };
 
 /// y = h + A(h) behind the layers of one stack.
-class PfeifferLoopDelta final : public LoopDelta {
+class PfeifferLoopDelta : public LoopDelta {
  public:
   /// One bottleneck a layer, null where it is left out; `first` is the number
   /// of the stack's first layer.
@@ -108,21 +108,7 @@ class PfeifferLoopDelta final : public LoopDelta {
       const std::function<Tensor(const LayerCall&)>& below,
       double scale) const override {
     const Tensor h = below(call);
-    TORCH_CHECK(
-        call.layer < static_cast<int64_t>(bottlenecks_.size()),
-        "peft: the loop runs layer ",
-        call.layer,
-        ", and its LayerLoopOptions promised ",
-        bottlenecks_.size(),
-        " layers when the adapter was attached");
-    const auto& bottleneck = bottlenecks_[call.layer];
-    if (bottleneck.is_empty() || is_dropped(first_ + call.layer)) {
-      return h;
-    }
-    const Tensor f = factor(h, scale, part_of(call.layer));
-    const Tensor term = bottleneck->forward(h);
-    return f.defined() ? h + term * f.to(term.scalar_type())
-                       : at::add(h, term, scale);
+    return acts_in(call.layer) ? add_term(h, h, call.layer, scale) : h;
   }
 
   bool takes_factor(Decoration::Factor /*kind*/) const override {
@@ -154,16 +140,15 @@ class PfeifferLoopDelta final : public LoopDelta {
   }
 
   std::shared_ptr<Delta> copy() const override {
-    std::vector<Bottleneck> copies;
-    for (const auto& bottleneck : bottlenecks_) {
-      copies.push_back(
-          bottleneck.is_empty() ? Bottleneck(nullptr) : copy_of(*bottleneck));
-    }
-    auto result = std::make_shared<PfeifferLoopDelta>(copies, first_);
+    auto result = std::make_shared<PfeifferLoopDelta>(copies(), first_);
     result->train(is_training());
     return result;
   }
 
+  /// One a layer, null where it is left out.
+  const std::vector<Bottleneck>& bottlenecks() const {
+    return bottlenecks_;
+  }
   /// The number of the stack's first layer.
   int64_t first() const {
     return first_;
@@ -177,6 +162,35 @@ class PfeifferLoopDelta final : public LoopDelta {
       }
     }
     return "bottleneck";
+  }
+
+ protected:
+  /// Whether there is an adapter behind this layer of the stack.
+  bool acts_in(int64_t layer) const {
+    TORCH_CHECK(
+        layer < static_cast<int64_t>(bottlenecks_.size()),
+        "peft: the loop runs layer ",
+        layer,
+        ", and its LayerLoopOptions promised ",
+        bottlenecks_.size(),
+        " layers when the adapter was attached");
+    return !bottlenecks_[layer].is_empty() && !is_dropped(first_ + layer);
+  }
+  /// y + f · A(h).
+  Tensor add_term(const Tensor& y, const Tensor& h, int64_t layer, double scale)
+      const {
+    const Tensor f = factor(h, scale, part_of(layer));
+    const Tensor term = bottlenecks_[layer]->forward(h);
+    return f.defined() ? y + term * f.to(term.scalar_type())
+                       : at::add(y, term, scale);
+  }
+  std::vector<Bottleneck> copies() const {
+    std::vector<Bottleneck> result;
+    for (const auto& bottleneck : bottlenecks_) {
+      result.push_back(
+          bottleneck.is_empty() ? Bottleneck(nullptr) : copy_of(*bottleneck));
+    }
+    return result;
   }
 
  private:
@@ -237,16 +251,13 @@ inline int64_t bottleneck_width(const PfeifferOptions& options, int64_t width) {
       neither ? std::optional<double>(16) : options.reduction_factor());
 }
 
-inline Bottleneck make_bottleneck(
+inline BottleneckOptions bottleneck_options(
     const PfeifferOptions& options,
-    int64_t width,
-    const Tensor& like) {
-  return make_bottleneck(
-      BottleneckOptions(width, bottleneck_width(options, width))
-          .non_linearity(options.non_linearity())
-          .init_scale(options.init_scale())
-          .zero_up(options.zero_up()),
-      like);
+    int64_t width) {
+  return BottleneckOptions(width, bottleneck_width(options, width))
+      .non_linearity(options.non_linearity())
+      .init_scale(options.init_scale())
+      .zero_up(options.zero_up());
 }
 
 /// Adapters around layer norms.
@@ -269,7 +280,9 @@ inline void plan_norms(
          norm->name,
          weight,
          std::make_shared<PfeifferNormDelta>(
-             make_bottleneck(options, weight.numel(), weight), number)});
+             make_bottleneck(
+                 bottleneck_options(options, weight.numel()), weight),
+             number)});
   }
 }
 
@@ -301,7 +314,9 @@ inline void plan_loops(
       any = any || !out;
       bottlenecks.push_back(
           out ? Bottleneck(nullptr)
-              : make_bottleneck(options, loop->options.hidden_size(), like));
+              : make_bottleneck(
+                    bottleneck_options(options, loop->options.hidden_size()),
+                    like));
     }
     if (any) {
       PlannedSite site;
@@ -317,10 +332,10 @@ inline void plan_loops(
   }
 }
 
-inline Plan plan(const PfeifferOptions& options, const Network& network) {
-  Plan result;
-  result.method = "PFEIFFER";
-  result.options = options;
+/// The layer norms around which the adapters go; none: they go into the loops.
+inline std::vector<const Layer*> pfeiffer_norms(
+    const PfeifferOptions& options,
+    const Network& network) {
   if (!options.targets().empty()) {
     const auto is_layer_norm = [](const Layer& layer) {
       return layer.kind == LayerKind::normalization &&
@@ -329,27 +344,32 @@ inline Plan plan(const PfeifferOptions& options, const Network& network) {
            layer.module->as<torch::nn::LayerNormImpl>() != nullptr) &&
           layer.parameter("weight").dim() == 1;
     };
-    plan_norms(
-        options,
-        layers_in_targets(
-            network,
-            options.targets(),
-            "targets",
-            "a layer norm with a weight",
-            is_layer_norm),
-        result.sites);
+    return layers_in_targets(
+        network,
+        options.targets(),
+        "targets",
+        "a layer norm with a weight",
+        is_layer_norm);
+  }
+  std::vector<const Layer*> norms;
+  for (const Layer* output : layers_in_roles(network, {"output"})) {
+    norms.push_back(norm_behind(network, *output));
+    if (norms.back() == nullptr) {
+      return {};
+    }
+  }
+  return norms;
+}
+
+inline Plan plan(const PfeifferOptions& options, const Network& network) {
+  Plan result;
+  result.method = "PFEIFFER";
+  result.options = options;
+  const auto norms = pfeiffer_norms(options, network);
+  if (!norms.empty()) {
+    plan_norms(options, norms, result.sites);
   } else {
-    std::vector<const Layer*> norms;
-    bool all = true;
-    for (const Layer* output : layers_in_roles(network, {"output"})) {
-      norms.push_back(norm_behind(network, *output));
-      all = all && norms.back() != nullptr;
-    }
-    if (all && !norms.empty()) {
-      plan_norms(options, norms, result.sites);
-    } else {
-      plan_loops(options, network, result.sites);
-    }
+    plan_loops(options, network, result.sites);
   }
   plan_modules_to_save(network, options.modules_to_save(), result.sites);
   return result;
