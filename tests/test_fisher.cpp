@@ -6,6 +6,7 @@
 #include <peft/train/fisher.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <string>
@@ -338,4 +339,144 @@ TEST_CASE("What cannot be measured is refused, with the sample's number") {
       estimate(loss, peft::FisherOptions(4).targets({"wieght"})),
       "Did you mean 'weight'"));
   CHECK(same_state(before, state_of(*net)));
+}
+
+namespace {
+
+/// A pre-norm block with a learned scale in plain arithmetic, a convolution and
+/// a layer that acts twice: what a batch must be taken apart in.
+struct MixedImpl : torch::nn::Module {
+  MixedImpl() {
+    torch::manual_seed(6);
+    embed = register_module(
+        "embed",
+        torch::nn::Embedding(torch::nn::EmbeddingOptions(9, 6).padding_idx(0)));
+    attention =
+        register_module("attention", torch::nn::MultiheadAttention(6, 2));
+    norm = register_module(
+        "norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({6})));
+    scale = register_parameter("scale", torch::rand({6}));
+    twice = register_module("twice", torch::nn::Linear(6, 6));
+    convolution = register_module(
+        "convolution", torch::nn::Conv1d(torch::nn::Conv1dOptions(6, 4, 2)));
+    head = register_module("head", torch::nn::Linear(4, 3));
+    to(torch::kDouble);
+  }
+  Tensor forward(const Tensor& tokens) {
+    Tensor h = norm(embed(tokens)) * scale;
+    h = twice(twice(h).tanh());
+    h = convolution(h.transpose(1, 2)).tanh().mean(2);
+    return head(h);
+  }
+  torch::nn::Embedding embed{nullptr};
+  torch::nn::MultiheadAttention attention{nullptr};
+  torch::nn::LayerNorm norm{nullptr};
+  torch::nn::Linear twice{nullptr}, head{nullptr};
+  torch::nn::Conv1d convolution{nullptr};
+  Tensor scale;
+};
+TORCH_MODULE(Mixed);
+
+Tensor each_loss(const Tensor& logits, int64_t begin, int64_t end) {
+  return torch::nn::functional::cross_entropy(
+      logits,
+      labels(begin, end),
+      torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone));
+}
+
+/// The estimate in batches against that of one sample at a time.
+void check_batches(
+    torch::nn::Module& model,
+    const std::function<Tensor(int64_t, int64_t)>& outputs_of,
+    peft::FisherOptions options,
+    bool batched) {
+  const auto before = state_of(model);
+  const auto alone =
+      peft::estimate_fisher(model, outputs_of, options.batch_size(1));
+  CHECK_FALSE(alone.batched);
+  std::vector<int64_t> done;
+  const auto together = peft::estimate_fisher(
+      model,
+      outputs_of,
+      options.batch_size(4).progress([&](int64_t n, int64_t) {
+        done.push_back(n);
+        return true;
+      }));
+  CHECK(same_state(before, state_of(model)));
+  CHECK(together.batched == batched);
+  CHECK(together.num_samples == kSamples);
+  CHECK(
+      done ==
+      (batched ? std::vector<int64_t>{1, 2, 3, 4, 6}
+               : std::vector<int64_t>{1, 2, 3, 4, 5, 6}));
+  REQUIRE(together.scores.size() == alone.scores.size());
+  for (size_t i = 0; i < alone.scores.size(); ++i) {
+    INFO(alone.scores[i].first);
+    CHECK(together.scores[i].first == alone.scores[i].first);
+    CHECK(close(together.scores[i].second, alone.scores[i].second));
+  }
+}
+
+} // namespace
+
+TEST_CASE("Samples of a batch count by their own gradients") {
+  Mixed model;
+  const auto tokens = [](int64_t begin, int64_t end) {
+    return ids(begin, end) % 9;
+  };
+  const auto losses = [&](int64_t begin, int64_t end) {
+    return each_loss(model->forward(tokens(begin, end)), begin, end);
+  };
+  check_batches(*model, losses, {kSamples}, true);
+  check_batches(
+      *model, losses, peft::FisherOptions(kSamples).measure("absolute"), true);
+  check_batches(
+      *model, losses, peft::FisherOptions(kSamples).max_norm(0.01), true);
+  check_batches(
+      *model,
+      losses,
+      peft::FisherOptions(kSamples).targets({"twice", "embed"}),
+      true);
+  check_batches(
+      *model,
+      [&](int64_t begin, int64_t end) {
+        return model->forward(tokens(begin, end));
+      },
+      peft::FisherOptions(kSamples).variant("expectation"),
+      true);
+}
+
+TEST_CASE("Where a batch does not tell its samples apart, they run alone") {
+  // Every row sees the table of positions as one: [1, length].
+  auto bert = small_bert();
+  const auto losses = [&](int64_t begin, int64_t end) {
+    return each_loss(bert->forward(ids(begin, end)), begin, end);
+  };
+  bert->eval();
+  check_batches(*bert, losses, {kSamples}, false);
+  check_batches(
+      *bert,
+      losses,
+      peft::FisherOptions(kSamples).targets(
+          peft::Targets::regex(".*(layer|word|pooler|classifier).*")),
+      true);
+
+  // A forward in which the samples see each other.
+  Mixed model;
+  check_batches(
+      *model,
+      [&](int64_t begin, int64_t end) {
+        const Tensor logits = model->forward(ids(begin, end) % 9);
+        return each_loss(logits + logits.flip(0), begin, end);
+      },
+      {kSamples},
+      false);
+  CHECK(contains(
+      error_of([&] {
+        peft::estimate_fisher(
+            *model,
+            [&](int64_t, int64_t) { return model->forward(ids(0, 2) % 9); },
+            peft::FisherOptions(kSamples).batch_size(2));
+      }),
+      "for sample 0 one loss, a scalar, is wanted"));
 }

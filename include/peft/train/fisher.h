@@ -15,16 +15,20 @@
 //
 // Memory: two tensors of each measured parameter, its sum and one gradient
 // (float32, or float64 where the parameter is). Time: a forward and a backward
-// for each sample, or for each sample and class.
+// for each sample, or for each sample and class; batches of samples share the
+// pass, but not the products x_i^T dy_i.
 
 #include <peft/core/attach.h>
 #include <peft/methods/sparse_mask.h>
+#include <peft/train/fisher/measure.h>
+#include <peft/train/fisher/per_sample.h>
 
 #include <torch/arg.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,7 +50,10 @@ struct FisherOptions {
   TORCH_ARG(std::string, variant) = "label";
   /// "square", or "absolute": |g| in the place of g².
   TORCH_ARG(std::string, measure) = "square";
-  /// Samples that the function is asked for at once.
+  /// Samples that the function is asked for at once. Without per_batch each
+  /// still counts by its own gradient; it is taken alone where a batch does not
+  /// tell its samples apart (in training mode, under other adapters, or where
+  /// the first batch shows that a weight is shared by all rows).
   TORCH_ARG(int64_t, batch_size) = 1;
   /// Measures the gradient of a batch's mean loss, not those of its samples.
   TORCH_ARG(bool, per_batch) = false;
@@ -70,6 +77,8 @@ struct FisherEstimate {
   Scores scores;
   /// How many samples it is made of: fewer than asked for if it was ended.
   int64_t num_samples = 0;
+  /// Whether samples shared passes.
+  bool batched = false;
 };
 
 namespace detail {
@@ -104,13 +113,6 @@ inline void check(const FisherOptions& options) {
       "over the classes of a sample");
 }
 
-/// A parameter, all its tensors where it is tied by storage, and its sum.
-struct MeasuredParameter {
-  std::string path;
-  std::vector<Tensor> tensors;
-  Tensor sum;
-};
-
 inline std::vector<MeasuredParameter> measured_parameters(
     torch::nn::Module& model,
     const Targets& targets) {
@@ -134,19 +136,20 @@ inline std::vector<MeasuredParameter> measured_parameters(
           layer.path(key),
           "' was made under InferenceMode and has no gradient; build or load "
           "the network outside of it");
+      const PlannedSite place{
+          layer.path(key), layer.path(key), layer.name, tensor, nullptr};
       const auto known =
           std::find_if(result.begin(), result.end(), [&](const auto& other) {
-            return is_tied(other.tensors.front(), tensor);
+            return is_tied(other.tensor(), tensor);
           });
       if (known == result.end()) {
         result.push_back(
-            {layer.path(key),
-             {tensor},
+            {{place},
              at::zeros(
                  tensor.sizes(),
                  tensor.options().dtype(adapter_dtype(tensor)))});
-      } else if (!known->tensors.front().is_same(tensor)) {
-        known->tensors.push_back(tensor);
+      } else {
+        known->places.push_back(place);
       }
     }
   }
@@ -183,16 +186,16 @@ class Measuring {
       record(p);
     }
     for (const auto& parameter : measured) { // some are only members
-      for (const auto& p : parameter.tensors) {
-        record(p);
+      for (const auto& place : parameter.places) {
+        record(place.tensor);
       }
     }
     for (auto& item : required_) {
       item.first.set_requires_grad(false);
     }
     for (const auto& parameter : measured) {
-      for (Tensor p : parameter.tensors) {
-        p.set_requires_grad(true);
+      for (const auto& place : parameter.places) {
+        Tensor(place.tensor).set_requires_grad(true);
       }
     }
     model.train(train);
@@ -219,42 +222,37 @@ class Measuring {
 };
 
 /// Adds `weight` times the measure of d loss to the sums.
-inline void measure(
+inline void add_gradients(
     std::vector<MeasuredParameter>& parameters,
+    const GradientMeasure& measure,
     const Tensor& loss,
     double weight,
-    bool keep_graph,
-    const FisherOptions& options) {
+    bool keep_graph) {
   std::vector<Tensor> inputs;
   for (const auto& parameter : parameters) {
-    inputs.insert(
-        inputs.end(), parameter.tensors.begin(), parameter.tensors.end());
+    for (const auto& place : parameter.places) {
+      inputs.push_back(place.tensor);
+    }
   }
   auto gradients = torch::autograd::grad(
       {loss}, inputs, {}, keep_graph, /*create_graph=*/false, true);
-  torch::NoGradGuard no_grad;
   size_t next = 0;
   for (auto& parameter : parameters) {
     Tensor g;
-    for (size_t i = 0; i < parameter.tensors.size(); ++i) {
-      Tensor one = std::move(gradients[next++]);
-      if (one.defined()) {
-        one = one.is_sparse() ? one.to_dense() : one;
+    for (size_t i = 0; i < parameter.places.size(); ++i) {
+      const Tensor one = std::move(gradients[next]);
+      // One tensor under several names has the gradient of all its uses.
+      const bool is_new = std::none_of(
+          inputs.begin() + static_cast<int64_t>(next - i),
+          inputs.begin() + static_cast<int64_t>(next),
+          [&](const Tensor& t) { return t.is_same(inputs[next]); });
+      if (one.defined() && is_new) {
         g = g.defined() ? g + one : one;
       }
+      ++next;
     }
-    if (!g.defined()) {
-      continue; // the loss does not know it
-    }
-    g = g.to(parameter.sum.scalar_type());
-    if (options.max_norm() > 0) {
-      const double norm = g.norm().item<double>();
-      g = g * std::min(1.0, options.max_norm() / (norm + 1e-6));
-    }
-    if (options.measure() == "square") {
-      parameter.sum.addcmul_(g, g, weight);
-    } else {
-      parameter.sum.add_(g.abs(), weight);
+    if (g.defined()) { // else the loss does not know it
+      measure.add(parameter.sum, g, weight);
     }
   }
 }
@@ -265,22 +263,32 @@ inline std::string name_of_samples(int64_t begin, int64_t end) {
                           : c10::str("samples ", begin, " to ", end - 1);
 }
 
-/// What the caller's function gave for samples [begin, end).
+/// What the caller's function gave for samples [begin, end), of which `count`
+/// losses or rows of logits are wanted.
 inline void check_outputs(
     const Tensor& outputs,
     int64_t begin,
     int64_t end,
-    const FisherOptions& options) {
-  const bool logits = options.variant() == "expectation";
+    int64_t count,
+    bool logits) {
   const std::string samples = name_of_samples(begin, end);
+  const bool fits = outputs.defined() && outputs.is_floating_point() &&
+      (!logits          ? outputs.numel() == count
+           : count == 1 ? outputs.numel() > 0
+           : outputs.dim() == 2
+           ? outputs.size(0) == count && outputs.size(1) > 0
+           : false);
   TORCH_CHECK(
-      outputs.defined() && outputs.is_floating_point() &&
-          (logits ? outputs.numel() > 0 : outputs.numel() == 1),
+      fits,
       "peft: for ",
       samples,
-      logits ? " the logits of one sample, [classes] or [1, classes], are "
-               "wanted, got "
-             : " one loss, a scalar, is wanted, got ",
+      logits ? c10::str(" logits [", count, ", classes] are wanted, got ")
+          : count == 1 ? std::string(" one loss, a scalar, is wanted, got ")
+                       : c10::str(
+                             " ",
+                             count,
+                             " losses, one each, are wanted "
+                             "(reduction none), got "),
       outputs.defined() ? c10::str(outputs.toString(), outputs.sizes())
                         : "nothing");
   TORCH_CHECK(
@@ -302,12 +310,166 @@ inline void check_outputs(
       "NoGradGuard, detached, or from another network?");
 }
 
+/// One run of estimate_fisher.
+class FisherRun {
+ public:
+  using Outputs = std::function<Tensor(int64_t, int64_t)>;
+
+  FisherRun(
+      torch::nn::Module& model,
+      const Outputs& outputs_of,
+      const FisherOptions& options)
+      : model_(model),
+        outputs_of_(outputs_of),
+        options_(options),
+        measure_{options.measure() == "absolute", options.max_norm()},
+        logits_(options.variant() == "expectation"),
+        parameters_(measured_parameters(model, options.targets())) {}
+
+  FisherEstimate operator()() {
+    const int64_t total = options_.num_samples();
+    const int64_t size = std::min(options_.batch_size(), total);
+    const bool may_share = size > 1 && !options_.per_batch() &&
+        !options_.train() && adapters(model_).empty();
+    const int64_t first = may_share ? size : total;
+    bool goes_on = one_by_one(0, first);
+    if (goes_on && first < total) {
+      const auto probes = probes_that_tell_apart(size);
+      result_.batched = probes != nullptr;
+      for (int64_t begin = first; probes && goes_on && begin < total;
+           begin += size) {
+        const int64_t end = std::min(begin + size, total);
+        const Measuring measuring(model_, {}, /*train=*/false);
+        measure_each(*probes, run_with(*probes, begin, end));
+        goes_on = report(end);
+      }
+    }
+    if (goes_on && result_.num_samples < total) {
+      one_by_one(result_.num_samples, total);
+    }
+    for (auto& parameter : parameters_) {
+      result_.scores.emplace_back(
+          parameter.places.front().parameter, std::move(parameter.sum));
+    }
+    check_scores(result_.scores);
+    return std::move(result_);
+  }
+
+ private:
+  bool report(int64_t done) {
+    result_.num_samples = done;
+    return !options_.progress() ||
+        options_.progress()(done, options_.num_samples());
+  }
+
+  /// Samples [begin, total) alone, or in batches that are one to the measure.
+  bool one_by_one(int64_t begin, int64_t total) {
+    const Measuring measuring(model_, parameters_, options_.train());
+    const int64_t step = options_.per_batch() ? options_.batch_size() : 1;
+    for (; begin < total; begin += step) {
+      const int64_t end = std::min(begin + step, total);
+      const Tensor outputs = outputs_of_(begin, end);
+      check_outputs(outputs, begin, end, 1, logits_);
+      if (!logits_) {
+        add_gradients(parameters_, measure_, outputs.reshape({}), 1.0, false);
+      } else {
+        const Tensor log_p = outputs.reshape({-1}).log_softmax(0);
+        const Tensor p = log_p.detach().exp().to(at::kCPU, at::kDouble);
+        for (int64_t c = 0; c < p.numel(); ++c) {
+          add_gradients(
+              parameters_,
+              measure_,
+              -log_p[c],
+              p[c].item<double>(),
+              /*keep_graph=*/c + 1 < p.numel());
+        }
+      }
+      if (!report(end)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  /// What samples [begin, end) give in one pass.
+  Tensor run_with(const SampleProbes& probes, int64_t begin, int64_t end) {
+    const Tensor outputs =
+        probes.forward(end - begin, [&] { return outputs_of_(begin, end); });
+    check_outputs(outputs, begin, end, end - begin, logits_);
+    return outputs;
+  }
+
+  /// Adds each sample by its own gradient.
+  void measure_each(SampleProbes& probes, const Tensor& outputs) {
+    if (!logits_) {
+      probes.add(
+          outputs.sum(),
+          std::vector<double>(static_cast<size_t>(outputs.numel()), 1.0),
+          /*keep_graph=*/false);
+      return;
+    }
+    const Tensor log_p = outputs.reshape({-1, outputs.size(-1)}).log_softmax(1);
+    const Tensor p = log_p.detach().exp().to(at::kCPU, at::kDouble);
+    for (int64_t c = 0; c < p.size(1); ++c) {
+      const Tensor own = p.select(1, c).contiguous();
+      probes.add(
+          -log_p.select(1, c).sum(),
+          {own.data_ptr<double>(), own.data_ptr<double>() + own.numel()},
+          /*keep_graph=*/c + 1 < p.size(1));
+    }
+  }
+
+  /// Probes, if the first batch gives with them the sums that its samples gave
+  /// alone; null where it does not, or does not run.
+  std::unique_ptr<SampleProbes> probes_that_tell_apart(int64_t size) {
+    std::vector<Tensor> alone;
+    for (auto& parameter : parameters_) {
+      alone.push_back(parameter.sum);
+      parameter.sum = at::zeros_like(parameter.sum);
+    }
+    std::unique_ptr<SampleProbes> probes;
+    try {
+      probes =
+          std::make_unique<SampleProbes>(model_, parameters_, size, measure_);
+      const Measuring measuring(model_, {}, /*train=*/false);
+      measure_each(*probes, run_with(*probes, 0, size));
+    } catch (const c10::Error&) {
+      probes.reset();
+    }
+    double largest = 0; // what is zero but for rounding is so in both
+    for (const auto& sum : alone) {
+      largest = std::max(largest, sum.max().item<double>());
+    }
+    for (size_t i = 0; i < alone.size(); ++i) {
+      Tensor& sum = parameters_[i].sum;
+      const double rounding =
+          c10::isReducedFloatingType(parameters_[i].tensor().scalar_type())
+          ? 0.05
+          : 1e-3;
+      if ((sum - alone[i]).abs().max().item<double>() >
+          rounding * alone[i].max().item<double>() + 1e-6 * largest) {
+        probes.reset();
+      }
+      sum = std::move(alone[i]);
+    }
+    return probes;
+  }
+
+  torch::nn::Module& model_;
+  const Outputs& outputs_of_;
+  const FisherOptions& options_;
+  GradientMeasure measure_;
+  bool logits_;
+  std::vector<MeasuredParameter> parameters_;
+  FisherEstimate result_;
+};
+
 } // namespace detail
 
 /// The Fisher information of `model`'s parameters over `num_samples` samples.
 /// `outputs_of(begin, end)` runs the model on samples [begin, end) and returns
-/// their loss, a scalar; with variant("expectation") their logits,
-/// [1, classes]. Without per_batch it is asked for one sample at a time.
+/// the loss of each, [end - begin]; with variant("expectation") the logits,
+/// [end - begin, classes]; with per_batch the mean loss, a scalar.
 ///
 /// Parameters may be frozen. requires_grad, gradients, modes and buffers are
 /// as before when it returns or throws. A loss that is not finite is an error
@@ -320,48 +482,7 @@ inline FisherEstimate estimate_fisher(
   TORCH_CHECK_VALUE(outputs_of, "peft: estimate_fisher got an empty function");
   c10::InferenceMode not_inference(false);
   at::AutoGradMode with_gradients(true);
-  auto parameters = detail::measured_parameters(model, options.targets());
-  FisherEstimate result;
-  {
-    const detail::Measuring measuring(model, parameters, options.train());
-    const int64_t total = options.num_samples();
-    const int64_t step = options.per_batch() ? options.batch_size() : 1;
-    while (result.num_samples < total) {
-      const int64_t begin = result.num_samples;
-      const int64_t end = std::min(begin + step, total);
-      const Tensor outputs = outputs_of(begin, end);
-      detail::check_outputs(outputs, begin, end, options);
-      if (options.variant() == "label") {
-        detail::measure(
-            parameters,
-            outputs.reshape({}),
-            1.0,
-            /*keep_graph=*/false,
-            options);
-      } else {
-        const Tensor log_p = outputs.reshape({-1}).log_softmax(0);
-        const Tensor p = log_p.detach().exp().to(at::kCPU, at::kDouble);
-        const int64_t classes = p.numel();
-        for (int64_t c = 0; c < classes; ++c) {
-          detail::measure(
-              parameters,
-              -log_p[c],
-              p[c].item<double>(),
-              /*keep_graph=*/c + 1 < classes,
-              options);
-        }
-      }
-      result.num_samples = end;
-      if (options.progress() && !options.progress()(end, total)) {
-        break;
-      }
-    }
-  }
-  for (auto& parameter : parameters) {
-    result.scores.emplace_back(parameter.path, std::move(parameter.sum));
-  }
-  detail::check_scores(result.scores);
-  return result;
+  return detail::FisherRun(model, outputs_of, options)();
 }
 
 /// The same with a function of one sample's number.
