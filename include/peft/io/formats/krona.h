@@ -67,9 +67,10 @@ class KronaFormat final : public AdapterFormat {
     for (const auto& site : adapter.sites) {
       const auto* delta = dynamic_cast<const KronaDelta*>(site.delta.get());
       if (delta != nullptr) {
-        // A part of a packed projection goes by the projection's name.
+        // q, k and v of an attention go by their parameter.
+        const auto& parameter = site.parameters.front();
         const auto& name =
-            delta->is_part() ? site.parameters.front() : site.name;
+            parameter == file_key(site.name, "weight") ? site.name : parameter;
         if (std::find(names.begin(), names.end(), name) == names.end()) {
           names.push_back(name);
         }
