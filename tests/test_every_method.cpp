@@ -123,6 +123,30 @@ Method method(
       std::move(hosts)};
 }
 
+/// What a search of S3Delta could end with.
+Method structure_of_every_second_module(
+    std::vector<std::function<Host()>> hosts) {
+  return {
+      "S3Delta",
+      [](torch::nn::Module& model, const std::string& adapter) {
+        const std::vector<peft::AnyOptions> methods{
+            peft::LoraOptions(1), peft::HoulsbyOptions(2)};
+        std::vector<std::string> names;
+        size_t number = 0;
+        for (const auto& module : peft::candidates(
+                 model, peft::S3DeltaOptions(1).candidates(methods))) {
+          if (number++ % 2 == 0) {
+            names.push_back(module.name);
+          }
+        }
+        return peft::attach(
+            model,
+            peft::S3DeltaStructure().candidates(methods).modules(names),
+            adapter);
+      },
+      std::move(hosts)};
+}
+
 std::vector<Method> every_method() {
   const std::vector<std::function<Host()>> all{bert, gpt2, llama, t5};
   std::vector<Method> methods;
@@ -171,6 +195,19 @@ std::vector<Method> every_method() {
       false,
       false);
   add(method("ladder", peft::LadderOptions(2), all), false, false);
+  add(method(
+          "SparseAdapter, LoRA",
+          peft::SparseAdapterOptions(peft::LoraOptions(4).alpha(4), 0.5),
+          all),
+      true,
+      true);
+  add(method(
+          "SparseAdapter, Pfeiffer",
+          peft::SparseAdapterOptions(peft::PfeifferOptions(4), 0.5),
+          all),
+      false,
+      false);
+  add(structure_of_every_second_module(all), false, false);
   add(method("scaled LoRA", peft::Scaled(peft::LoraOptions(2).alpha(4), 0.5), all),
       true,
       true);

@@ -40,6 +40,8 @@
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
 #include <peft/methods/parallel_adapter.h>
+#include <peft/methods/masked.h>
+#include <peft/methods/sparse_adapter.h>
 #include <peft/methods/adapter_drop.h>
 #include <peft/methods/widen.h>
 #include <peft/methods/prompt.h>
@@ -51,10 +53,12 @@
 #include <peft/methods/unipelt.h>
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
+#include <peft/methods/s3_delta.h>
 
 #include <peft/train/fisher.h>
 #include <peft/train/masked_step.h>
 #include <peft/train/check_optimizer.h>
+#include <peft/train/structure_search.h>
 
 #include <peft/io/safetensors.h>
 #include <peft/io/base_weights.h>

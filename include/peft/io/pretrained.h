@@ -22,7 +22,9 @@
 #include <peft/io/formats/layer_norm.h>
 #include <peft/io/formats/lora.h>
 #include <peft/io/formats/masked.h>
+#include <peft/io/formats/masked_adapter.h>
 #include <peft/io/formats/prompt.h>
+#include <peft/io/formats/s3_delta.h>
 #include <peft/io/formats/union.h>
 #include <peft/io/formats/sparse.h>
 #include <peft/io/safetensors.h>
@@ -222,6 +224,7 @@ inline void fill_plan(
 /// Every method that has files, a header of io/formats/ each.
 inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
   static const std::vector<std::shared_ptr<const AdapterFormat>> all{
+      std::make_shared<MaskedFormat>(&formats),
       std::make_shared<LoraFormat>(),
       std::make_shared<BitFitFormat>(),
       std::make_shared<LayerNormFormat>(),
@@ -245,6 +248,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<FullTuningFormat>(),
       std::make_shared<GatedFormat>(&formats),
       std::make_shared<ScaledFormat>(&formats),
+      std::make_shared<S3DeltaFormat>(&formats),
       std::make_shared<UnionFormat>(&formats),
   };
   return all;
