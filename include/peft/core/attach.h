@@ -78,6 +78,14 @@ inline bool is_tied(const Tensor& a, const Tensor& b) {
       a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
+/// What tied tensors have in common, to find them by: where their memory
+/// begins.
+inline const void* start_of_memory(const Tensor& t) {
+  return t.has_storage() ? t.storage().data() : t.unsafeGetTensorImpl();
+}
+template <class T>
+using ByMemory = std::multimap<const void*, T>;
+
 /// Registers `delta` below `root` at its parameter's path, so that its tensors
 /// are named "peft.<adapter>.<parameter path>.lora_A". `known` is what has been
 /// registered so, by path.
@@ -112,15 +120,18 @@ inline void register_at(
 /// A tied weight that was named twice is adapted once, under its first name.
 inline void drop_tied(std::vector<PlannedSite>& sites) {
   std::vector<PlannedSite> kept;
+  ByMemory<size_t> indices; // of those kept
   for (auto& site : sites) {
-    const bool repeats =
-        std::any_of(kept.begin(), kept.end(), [&](const PlannedSite& other) {
-          const Delta& a = *other.delta;
-          const Delta& b = *site.delta;
-          return other.parameter != site.parameter && typeid(a) == typeid(b) &&
-              is_tied(other.tensor, site.tensor);
-        });
+    const auto [begin, end] = indices.equal_range(start_of_memory(site.tensor));
+    const bool repeats = std::any_of(begin, end, [&](const auto& item) {
+      const PlannedSite& other = kept[item.second];
+      const Delta& a = *other.delta;
+      const Delta& b = *site.delta;
+      return other.parameter != site.parameter && typeid(a) == typeid(b) &&
+          is_tied(other.tensor, site.tensor);
+    });
     if (!repeats) {
+      indices.emplace(start_of_memory(site.tensor), kept.size());
       kept.push_back(std::move(site));
     }
   }
@@ -146,7 +157,7 @@ inline bool take_record(AdapterState& state, const Tensor& t) {
 inline void tag_sites(
     const std::shared_ptr<AdapterState>& state,
     const std::vector<PlannedSite>& planned,
-    const std::vector<std::pair<std::string, Tensor>>& all) {
+    const NamedParameters& all) {
   for (const auto& plan : planned) {
     const Site* site = plan.call_site.get();
     if (site == nullptr) {
@@ -181,6 +192,10 @@ inline void tag_sites(
     }
   }
   ensure_registered();
+  ByMemory<const NamedParameters::value_type*> by_memory;
+  for (const auto& item : all) {
+    by_memory.emplace(start_of_memory(item.second), &item);
+  }
   for (const auto& plan : planned) {
     SiteRecord record;
     record.name = plan.name;
@@ -197,7 +212,10 @@ inline void tag_sites(
     }
     std::vector<Tensor> tied{plan.tensor};
     record.parameters.push_back(plan.parameter);
-    for (const auto& [name, tensor] : all) {
+    const auto [begin, end] =
+        by_memory.equal_range(start_of_memory(plan.tensor));
+    for (auto item = begin; item != end; ++item) {
+      const auto& [name, tensor] = *item->second;
       if (name != plan.parameter && is_tied(tensor, plan.tensor)) {
         record.parameters.push_back(name);
         tied.push_back(tensor);
@@ -434,11 +452,8 @@ commit(torch::nn::Module& root, const std::string& name, Plan plan) {
       "peft: the model has a child module named 'peft', where the adapters "
       "would go; rename it");
   auto node = std::make_shared<torch::nn::Module>("peft::" + plan.method);
-  NamedParameters all = base_parameters(root);
-  for (auto& item : stale_parameters(root)) {
-    all.push_back(std::move(item)); // optimizers over the model see them
-  }
-  auto state = hang(name, std::move(plan), all, states_below(root));
+  auto state = hang(
+      name, std::move(plan), registered_parameters(root), states_below(root));
   std::map<std::string, std::shared_ptr<torch::nn::Module>> known;
   for (const auto& record : state->sites) {
     register_at(*node, known, record.parameters.front(), record.delta);

@@ -32,6 +32,8 @@ struct Layer {
   std::string type; // for messages
   LayerKind kind = LayerKind::other;
   std::vector<std::pair<std::string, Tensor>> parameters;
+  /// What is still registered where forward uses a member that was assigned.
+  std::vector<std::pair<std::string, Tensor>> replaced;
   int64_t groups = 1; // of a convolution
   std::string refusal; // why its weight cannot be adapted, if it cannot
   const torch::nn::Module* module = nullptr; // null under TorchScript
@@ -107,26 +109,31 @@ inline const char* const kRefuseMaxNorm =
     "it has max_norm, which rewrites the frozen weight on every call";
 
 inline std::shared_ptr<Registry> registry_of(const torch::nn::Module& module) {
-  const auto children = module.named_children();
-  const auto* child = children.find(kRegistryName);
-  return child == nullptr ? nullptr
-                          : std::dynamic_pointer_cast<Registry>(*child);
+  for (const auto& child : module.children()) {
+    if (auto registry = std::dynamic_pointer_cast<Registry>(child)) {
+      return registry;
+    }
+  }
+  return nullptr;
 }
 
 /// Calls f(name, module) for the module and everything below it, adapters
 /// aside, parents first.
 template <class F>
 void walk(torch::nn::Module& module, const std::string& name, F&& f) {
-  f(name, module);
-  for (const auto& child : module.named_children()) {
-    if (std::dynamic_pointer_cast<Registry>(child.value())) {
-      continue;
-    }
-    walk(
-        *child.value(),
-        name.empty() ? child.key() : name + "." + child.key(),
-        f);
-  }
+  std::string registry = "."; // the last one met; no name starts so
+  module.apply(
+      [&](const std::string& path, torch::nn::Module& m) {
+        if (path.compare(0, registry.size(), registry) == 0) {
+          return;
+        }
+        if (dynamic_cast<Registry*>(&m) != nullptr) {
+          registry = path + ".";
+          return;
+        }
+        f(path, m);
+      },
+      name);
 }
 
 /// All registries at or below `module`.
@@ -149,7 +156,8 @@ inline std::vector<std::shared_ptr<Registry>> registries_below(
 inline void
 prefer_member(Layer& layer, const std::string& key, const Tensor& member) {
   for (auto& item : layer.parameters) {
-    if (item.first == key && member.defined()) {
+    if (item.first == key && member.defined() && !item.second.is_same(member)) {
+      layer.replaced.push_back(item);
       item.second = member;
     }
   }
@@ -273,14 +281,15 @@ inline NamedParameters base_parameters(const torch::nn::Module& module) {
   return result;
 }
 
-/// Tensors that are still registered but that an assigned member has replaced.
-inline NamedParameters stale_parameters(torch::nn::Module& module) {
+/// The same, and the registered tensors that an assigned member has replaced:
+/// optimizers over the module see them.
+inline NamedParameters registered_parameters(torch::nn::Module& module) {
   NamedParameters result;
   walk(module, "", [&](const std::string& name, torch::nn::Module& m) {
     const Layer layer = describe_module(name, m);
-    for (const auto& p : m.named_parameters(/*recurse=*/false)) {
-      if (!layer.parameter(p.key()).is_same(p.value())) {
-        result.emplace_back(layer.path(p.key()), p.value());
+    for (const auto* list : {&layer.parameters, &layer.replaced}) {
+      for (const auto& p : *list) {
+        result.emplace_back(layer.path(p.first), p.second);
       }
     }
   });

@@ -333,7 +333,6 @@ class SafetensorsFile {
                            return cannot + "tensor " +
                                detail::StrictJsonBuilder::quoted(item.key());
                          }));
-        names_.push_back(item.key());
       }
     }
     check_layout(cannot, size - 8 - length);
@@ -361,21 +360,23 @@ class SafetensorsFile {
     }
   }
 
-  /// The tensors must cover the bytes after the header, each byte once.
+  /// Names the tensors in order. They must cover the bytes after the header,
+  /// each byte once.
   void check_layout(const std::string& cannot, uint64_t available) {
-    const auto place = [this](const std::string& name) {
-      const auto& found = entries_.at(name);
-      return std::make_pair(found.begin, found.end);
-    };
+    using Named = std::pair<const std::string, detail::SafetensorsEntry>;
+    std::vector<const Named*> ordered;
+    for (const auto& named : entries_) {
+      ordered.push_back(&named);
+    }
     std::stable_sort(
-        names_.begin(),
-        names_.end(),
-        [&](const std::string& left, const std::string& right) {
-          return place(left) < place(right);
+        ordered.begin(), ordered.end(), [](const Named* l, const Named* r) {
+          return std::tie(l->second.begin, l->second.end) <
+              std::tie(r->second.begin, r->second.end);
         });
     uint64_t covered = 0;
-    for (const auto& name : names_) {
-      const auto [begin, end] = place(name);
+    for (const Named* named : ordered) {
+      const auto& [name, entry] = *named;
+      const uint64_t begin = entry.begin;
       TORCH_CHECK(
           begin == covered,
           cannot,
@@ -386,7 +387,8 @@ class SafetensorsFile {
           ", but the one before it ends at ",
           covered,
           begin < covered ? " (they overlap)" : " (there is a hole)");
-      covered = end;
+      covered = entry.end;
+      names_.push_back(name);
     }
     TORCH_CHECK(
         covered == available,

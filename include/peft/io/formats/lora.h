@@ -266,7 +266,9 @@ class LoraFormat final : public AdapterFormat {
     NamedTensorMap renamed;
     for (const auto& [key, value] : file) {
       std::smatch match;
-      const bool magnitude = std::regex_match(key, match, long_name);
+      const bool magnitude =
+          key.find("lora_magnitude_vector") != std::string::npos &&
+          std::regex_match(key, match, long_name);
       renamed[magnitude ? match[1].str() : key] = value;
     }
     return AdapterFormat::unpack(renamed, plan);
