@@ -55,6 +55,9 @@ struct RowGroups {
       }
       runs.back().end = row + 1;
     }
+    std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) {
+      return a.group < b.group;
+    });
     by_name.erase("__base__");
   }
 
@@ -66,7 +69,7 @@ struct RowGroups {
   int64_t count; // rows of the batch
   int64_t dim; // where they stand: 0, or 1 behind the sequence
   std::vector<Group> groups;
-  std::vector<Run> runs;
+  std::vector<Run> runs; // by group: its adapter is in the cache for the next
   std::unordered_map<std::string, size_t> by_name; // without "__base__"
 };
 

@@ -29,7 +29,9 @@ class TransposedCache {
   Tensor of(const Tensor& B) const {
     const auto now = Stamp::of(B);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!now || !(now == source_) || transposed_.sizes() != B.t().sizes()) {
+    const bool fits = transposed_.defined() &&
+        transposed_.size(0) == B.size(1) && transposed_.size(1) == B.size(0);
+    if (!now || !(now == source_) || !fits) {
       const at::NoGradGuard no_grad;
       transposed_ = B.t().contiguous();
       source_ = now;
