@@ -15,15 +15,13 @@
 
 #include <peft/io/safetensors.h>
 #include <peft/methods/s3_delta.h>
+#include <peft/train/structure_search/restorable_adamw.h>
 
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/optim/adamw.h>
 
 #include <algorithm>
 #include <any>
 #include <functional>
-#include <limits>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -72,68 +70,50 @@ class StructureSearch {
         "', a ",
         state.method,
         ", has nothing to search; attach S3DeltaOptions");
-    check();
+    check(options_);
     space_ = searched->options;
     for (const auto& each : detail::modules_of(state.sites)) {
       modules_.push_back(each.module);
       numel_.push_back(each.module.num_parameters);
-      std::vector<std::shared_ptr<StructureDecoration>> decorations;
-      for (const size_t i : each.sites) {
-        for (const auto& d : state.sites[i].delta->decorations()) {
-          auto mine = std::dynamic_pointer_cast<StructureDecoration>(d);
-          if (mine) {
-            decorations.push_back(std::move(mine));
-          }
-        }
-      }
-      decorations_.push_back(std::move(decorations));
+      decorations_.push_back(decorations_of(state, each.sites));
     }
-    for (auto& item : adapter_.named_parameters()) {
+    std::vector<std::pair<std::string, Tensor>> weights;
+    for (const auto& item : adapter_.named_parameters()) {
       if (item.value().requires_grad()) {
-        weights_.emplace_back(item.key(), item.value());
+        weights.emplace_back("weight:" + item.key(), item.value());
       }
-    }
-    alpha_ = at::zeros({static_cast<int64_t>(modules_.size())}, at::kDouble)
-                 .set_requires_grad(true);
-    std::vector<Tensor> weights;
-    for (const auto& item : weights_) {
-      weights.push_back(item.second);
     }
     TORCH_CHECK_VALUE(
         !weights.empty(),
         "peft: adapter '",
         state.name,
         "' is frozen; set_trainable(true) before searching");
-    weight_optimizer_ = std::make_unique<torch::optim::AdamW>(
-        weights,
-        torch::optim::AdamWOptions(options_.lr())
-            .weight_decay(options_.weight_decay()));
-    alpha_optimizer_ = std::make_unique<torch::optim::AdamW>(
-        std::vector<Tensor>{alpha_},
-        torch::optim::AdamWOptions(options_.alpha_lr()).weight_decay(0));
+    alpha_ = at::zeros({static_cast<int64_t>(modules_.size())}, at::kDouble)
+                 .set_requires_grad(true);
+    w_ = detail::RestorableAdamW(
+        std::move(weights), options_.lr(), options_.weight_decay());
+    structure_ = detail::RestorableAdamW(
+        {{"alpha", alpha_}}, options_.alpha_lr(), /*weight_decay=*/0);
     generator_ = at::detail::createCPUGenerator(options_.seed());
     settle();
   }
 
   /// One step. The losses compute one batch each, the same batch whenever they
   /// are called within a step: the training loss four times (first order:
-  /// once), the validation loss once. What an error interrupts is as before.
+  /// once), the validation loss once. An error leaves the search as it was.
   Progress step(const Loss& train_loss, const Loss& validation_loss) {
     torch::AutoGradMode with_grad(true);
-    const double rate = decay();
-    set_rate(*weight_optimizer_, options_.lr() * rate);
-    set_rate(*alpha_optimizer_, options_.alpha_lr() * rate);
-    const Snapshot before = snapshot();
-    const Tensor generator = generator_.get_state();
-    const Tensor alpha = alpha_.detach().clone();
+    const auto w = w_.state();
+    const auto structure = structure_.state();
+    const Tensor random = generator_.get_state();
     Progress progress;
     try {
-      alpha_step(train_loss, validation_loss, before, progress);
-      weight_step(train_loss, progress);
+      step_structure(train_loss, validation_loss, w, progress);
+      step_weights(train_loss, progress);
     } catch (...) {
-      restore(before);
-      restore_alpha(alpha, before);
-      generator_.set_state(generator);
+      w_.restore(w);
+      structure_.restore(structure);
+      generator_.set_state(random);
       settle();
       throw;
     }
@@ -178,22 +158,10 @@ class StructureSearch {
   /// are the caller's.)
   void save(const std::string& path) const {
     std::vector<std::pair<std::string, Tensor>> tensors{
-        {"alpha", alpha_.detach()},
         {"generator", generator_.get_state()},
         {"steps", at::scalar_tensor(steps_, at::kLong)}};
-    const auto add = [&](const std::string& name, const Moments& moments) {
-      if (moments.mean.defined()) {
-        tensors.emplace_back(name + ".mean", moments.mean);
-        tensors.emplace_back(name + ".square", moments.square);
-        tensors.emplace_back(
-            name + ".step", at::scalar_tensor(moments.step, at::kLong));
-      }
-    };
-    add("alpha", moments_of(*alpha_optimizer_, alpha_));
-    for (const auto& [name, w] : weights_) {
-      tensors.emplace_back("weight:" + name, w.detach());
-      add("weight:" + name, moments_of(*weight_optimizer_, w));
-    }
+    structure_.write(tensors);
+    w_.write(tensors);
     save_safetensors(tensors, path, {{"modules", module_list()}});
   }
 
@@ -211,65 +179,63 @@ class StructureSearch {
     const auto get = [&](const std::string& name, at::IntArrayRef sizes) {
       const auto found = tensors.find(name);
       TORCH_CHECK(
-          found != tensors.end() && found->second.sizes() == sizes,
+          found == tensors.end() || found->second.sizes() == sizes,
           "peft: '",
-          path,
-          "' lacks '",
           name,
-          "' of shape ",
+          "' in '",
+          path,
+          "' is not of shape ",
           sizes);
-      return found->second;
+      return found == tensors.end() ? Tensor() : found->second;
     };
-    const auto moments = [&](const std::string& name, const Tensor& like) {
-      Moments result;
-      if (tensors.count(name + ".mean") != 0) {
-        result.mean = get(name + ".mean", like.sizes()).to(like.options());
-        result.square = get(name + ".square", like.sizes()).to(like.options());
-        result.step = get(name + ".step", {}).item<int64_t>();
-      }
-      return result;
-    };
-    Snapshot state;
-    for (const auto& [name, w] : weights_) {
-      state.values.push_back(get("weight:" + name, w.sizes()));
-      state.moments.push_back(moments("weight:" + name, w.detach()));
-    }
-    state.alpha = moments("alpha", alpha_.detach());
-    const Tensor alpha = get("alpha", alpha_.sizes());
-    const auto steps = get("steps", {}).item<int64_t>();
-    const Tensor current = generator_.get_state();
-    generator_.set_state(get("generator", current.sizes()));
-    restore(state);
-    restore_alpha(alpha, state);
-    steps_ = steps;
+    const auto structure = structure_.read(get);
+    const auto w = w_.read(get);
+    const Tensor steps = get("steps", {});
+    const Tensor random = get("generator", generator_.get_state().sizes());
+    TORCH_CHECK(
+        steps.defined() && random.defined(),
+        "peft: '",
+        path,
+        "' lacks the steps done or the generator");
+    generator_.set_state(random);
+    structure_.restore(structure);
+    w_.restore(w);
+    steps_ = steps.item<int64_t>();
     settle();
   }
 
  private:
-  /// AdamW's state of one tensor; undefined before its first step.
-  struct Moments {
-    Tensor mean, square;
-    int64_t step = 0;
-  };
-  struct Snapshot {
-    std::vector<Tensor> values; // of the weights
-    std::vector<Moments> moments;
-    Moments alpha;
-  };
+  using Decorations = std::vector<std::shared_ptr<StructureDecoration>>;
 
-  void check() const {
+  static void check(const StructureSearchOptions& options) {
     TORCH_CHECK_VALUE(
-        options_.order() == 1 || options_.order() == 2,
+        options.order() == 1 || options.order() == 2,
         "peft: the search is of order 1 or 2, got ",
-        options_.order());
+        options.order());
     TORCH_CHECK_VALUE(
-        options_.lr() > 0 && options_.alpha_lr() > 0 &&
-            options_.clip_grad_norm() > 0 && options_.weight_decay() >= 0 &&
-            options_.decay_steps() >= 0,
+        options.lr() > 0 && options.alpha_lr() > 0 &&
+            options.clip_grad_norm() > 0 && options.weight_decay() >= 0 &&
+            options.decay_steps() >= 0,
         "peft: the search's rates and clip_grad_norm must be positive, its "
         "weight_decay and decay_steps not negative");
   }
 
+  static Decorations decorations_of(
+      const detail::AdapterState& state,
+      const std::vector<size_t>& sites) {
+    Decorations result;
+    for (const size_t i : sites) {
+      for (const auto& decoration : state.sites[i].delta->decorations()) {
+        auto mine = std::dynamic_pointer_cast<StructureDecoration>(decoration);
+        if (mine) {
+          result.push_back(std::move(mine));
+        }
+      }
+    }
+    return result;
+  }
+
+  /// What the rates are multiplied by in this step.
   double decay() const {
     return options_.decay_steps() == 0
         ? 1.0
@@ -279,14 +245,9 @@ class StructureSearch {
                   static_cast<double>(steps_) /
                       static_cast<double>(options_.decay_steps()));
   }
-  static void set_rate(torch::optim::AdamW& optimizer, double rate) {
-    static_cast<torch::optim::AdamWOptions&>(
-        optimizer.param_groups().front().options())
-        .lr(rate);
-  }
 
   functional::Shift shift() const {
-    const Tensor a = alpha_.detach().contiguous();
+    const Tensor a = alpha_.detach();
     const double* data = a.data_ptr<double>();
     return functional::solve_shift(
         {data, data + a.numel()},
@@ -297,7 +258,7 @@ class StructureSearch {
 
   /// Outside of a step every module has its p.
   void settle() {
-    const auto z = functional::expected_concrete(
+    const Tensor z = functional::expected_concrete(
         at::tensor(shift().logits, at::kDouble),
         space_.stretch_low(),
         space_.stretch_high());
@@ -309,31 +270,28 @@ class StructureSearch {
   }
 
   Tensor draw() {
-    return at::rand(
-        alpha_.sizes(), generator_, alpha_.options().requires_grad(false));
+    return at::rand(alpha_.sizes(), generator_, at::TensorOptions(at::kDouble));
   }
   /// Hangs z(α, u) on the modules, on a graph of its own for each backward.
   void sample(const Tensor& u) {
+    const Tensor logits = functional::budget_logits(
+        alpha_,
+        numel_,
+        static_cast<double>(space_.budget()),
+        space_.beta(),
+        space_.shift_gradient());
     const Tensor z = functional::sample_concrete(
-        functional::budget_logits(
-            alpha_,
-            numel_,
-            static_cast<double>(space_.budget()),
-            space_.beta(),
-            space_.shift_gradient()),
-        u,
-        space_.stretch_low(),
-        space_.stretch_high());
+        logits, u, space_.stretch_low(), space_.stretch_high());
     for (size_t i = 0; i < decorations_.size(); ++i) {
       for (const auto& decoration : decorations_[i]) {
         decoration->set_sample(
-            z[static_cast<int64_t>(i)].to(weights_.front().second.device()));
+            z[static_cast<int64_t>(i)].to(w_.parameters().front().device()));
       }
     }
   }
 
   static Tensor checked(const Loss& loss) {
-    Tensor value = loss();
+    const Tensor value = loss();
     TORCH_CHECK_VALUE(
         value.defined() && value.numel() == 1 && value.requires_grad(),
         "peft: a loss of the search must be one number that depends on the "
@@ -342,184 +300,94 @@ class StructureSearch {
     return value.sum();
   }
 
-  /// Of α first, where it is wanted, then of the weights; what the loss does
-  /// not depend on is undefined.
-  std::vector<Tensor> gradients(const Tensor& loss, bool of_alpha, bool of_w)
-      const {
-    std::vector<Tensor> leaves;
-    if (of_alpha) {
-      leaves.push_back(alpha_);
-    }
-    for (const auto& item : weights_) {
-      if (of_w) {
-        leaves.push_back(item.second);
-      }
-    }
+  /// Undefined where the loss does not depend on a leaf.
+  static std::vector<Tensor> gradients(
+      const Tensor& loss,
+      const std::vector<Tensor>& leaves) {
     return torch::autograd::grad({loss}, leaves, {}, std::nullopt, false, true);
   }
-  Tensor alpha_gradient(const Loss& loss, const Tensor& u) {
-    sample(u);
-    const Tensor g = gradients(checked(loss), true, false).front();
-    return g.defined() ? g : at::zeros_like(alpha_);
+  Tensor or_zero(const Tensor& gradient) const {
+    return gradient.defined() ? gradient : at::zeros_like(alpha_);
   }
 
-  /// Rescales gradients in place so that they have at most the norm.
-  void clip(std::vector<Tensor>& grads) const {
-    std::vector<Tensor> norms;
-    for (const auto& g : grads) {
+  static Tensor norm_of(const std::vector<Tensor>& gradients) {
+    std::vector<Tensor> norms{at::zeros({}, at::kDouble)};
+    for (const auto& g : gradients) {
       if (g.defined()) {
-        norms.push_back(g.norm());
+        norms.push_back(g.norm().to(at::kCPU, at::kDouble));
       }
     }
-    if (norms.empty()) {
-      return;
+    return at::stack(norms).norm();
+  }
+  std::vector<Tensor> clipped(std::vector<Tensor> gradients) const {
+    const double factor = std::min(
+        1.0,
+        options_.clip_grad_norm() / (norm_of(gradients).item<double>() + 1e-6));
+    for (auto& g : gradients) {
+      g = g.defined() ? g * factor : g;
     }
-    const Tensor factor =
-        (options_.clip_grad_norm() / (at::stack(norms).norm() + 1e-6))
-            .clamp_max(1.0);
-    for (auto& g : grads) {
-      if (g.defined()) {
-        g = g * factor;
-      }
-    }
+    return gradients;
   }
 
-  void step_weights(const std::vector<Tensor>& grads) {
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      weights_[i].second.mutable_grad() = grads[i];
-    }
-    weight_optimizer_->step();
-    for (auto& item : weights_) {
-      item.second.mutable_grad() = Tensor();
-    }
-  }
-
-  void alpha_step(
+  /// α, seen from the weights `w`, where this leaves them.
+  void step_structure(
       const Loss& train_loss,
       const Loss& validation_loss,
-      const Snapshot& before,
+      const detail::RestorableAdamW::State& w,
       Progress& progress) {
-    const Tensor u = draw();
     const bool second = options_.order() == 2;
+    const double rate = options_.lr() * decay();
+    const Tensor u = draw();
+    std::vector<Tensor> leaves{alpha_};
     if (second) {
       sample(u);
-      step_weights(gradients(checked(train_loss), false, true));
+      w_.step(gradients(checked(train_loss), w_.parameters()), rate);
+      leaves.insert(
+          leaves.end(), w_.parameters().begin(), w_.parameters().end());
     }
     sample(u);
     const Tensor loss = checked(validation_loss);
     progress.validation_loss = loss.item<double>();
-    auto grads = gradients(loss, true, second);
-    Tensor g = grads[0].defined() ? grads[0] : at::zeros_like(alpha_);
-    grads.erase(grads.begin());
+    auto d = gradients(loss, leaves);
+    Tensor g = or_zero(d.front());
+    d.erase(d.begin());
     if (second) {
-      restore(before);
-      g = g - rate_of_weights() * hessian_product(train_loss, u, grads, before);
+      g = g - rate * mixed_derivative(train_loss, u, d, w);
+      w_.restore(w);
     }
-    std::vector<Tensor> clipped{g};
-    clip(clipped);
-    alpha_.mutable_grad() = clipped[0];
-    alpha_optimizer_->step();
-    alpha_.mutable_grad() = Tensor();
-  }
-
-  double rate_of_weights() const {
-    return options_.lr() * decay();
+    structure_.step(clipped({g}), options_.alpha_lr() * decay());
   }
 
   /// ∂²L_train / ∂α∂w · d by a central difference along d.
-  Tensor hessian_product(
+  Tensor mixed_derivative(
       const Loss& train_loss,
       const Tensor& u,
       const std::vector<Tensor>& d,
-      const Snapshot& before) {
-    std::vector<Tensor> norms;
-    for (const auto& each : d) {
-      if (each.defined()) {
-        norms.push_back(each.norm().to(at::kDouble));
-      }
-    }
-    if (norms.empty()) {
-      return at::zeros_like(alpha_);
-    }
-    const double epsilon =
-        0.01 / (at::stack(norms).norm().item<double>() + 1e-6);
+      const detail::RestorableAdamW::State& w) {
+    const double epsilon = 0.01 / (norm_of(d).item<double>() + 1e-6);
     std::vector<Tensor> sides;
     for (const double sign : {1.0, -1.0}) {
       {
         torch::NoGradGuard no_grad;
         for (size_t i = 0; i < d.size(); ++i) {
-          if (d[i].defined()) {
-            weights_[i].second.copy_(before.values[i] + sign * epsilon * d[i]);
-          }
+          Tensor parameter = w_.parameters()[i];
+          parameter.copy_(
+              d[i].defined() ? w.values[i] + sign * epsilon * d[i]
+                             : w.values[i]);
         }
       }
-      sides.push_back(alpha_gradient(train_loss, u));
+      sample(u);
+      sides.push_back(
+          or_zero(gradients(checked(train_loss), {alpha_}).front()));
     }
-    restore(before);
     return (sides[0] - sides[1]) / (2 * epsilon);
   }
 
-  void weight_step(const Loss& train_loss, Progress& progress) {
+  void step_weights(const Loss& train_loss, Progress& progress) {
     sample(draw());
     const Tensor loss = checked(train_loss);
     progress.train_loss = loss.item<double>();
-    auto grads = gradients(loss, false, true);
-    clip(grads);
-    step_weights(grads);
-  }
-
-  static Moments moments_of(torch::optim::AdamW& optimizer, const Tensor& p) {
-    const auto found = optimizer.state().find(p.unsafeGetTensorImpl());
-    if (found == optimizer.state().end()) {
-      return {};
-    }
-    const auto& state =
-        static_cast<const torch::optim::AdamWParamState&>(*found->second);
-    return {state.exp_avg(), state.exp_avg_sq(), state.step()};
-  }
-  static void set_moments(
-      torch::optim::AdamW& optimizer,
-      const Tensor& p,
-      const Moments& moments) {
-    if (!moments.mean.defined()) {
-      optimizer.state().erase(p.unsafeGetTensorImpl());
-      return;
-    }
-    auto state = std::make_unique<torch::optim::AdamWParamState>();
-    state->exp_avg(moments.mean.clone());
-    state->exp_avg_sq(moments.square.clone());
-    state->step(moments.step);
-    optimizer.state()[p.unsafeGetTensorImpl()] = std::move(state);
-  }
-
-  Snapshot snapshot() {
-    const auto copy = [](Moments moments) {
-      if (moments.mean.defined()) {
-        moments.mean = moments.mean.clone();
-        moments.square = moments.square.clone();
-      }
-      return moments;
-    };
-    Snapshot result;
-    for (const auto& item : weights_) {
-      result.values.push_back(item.second.detach().clone());
-      result.moments.push_back(
-          copy(moments_of(*weight_optimizer_, item.second)));
-    }
-    result.alpha = copy(moments_of(*alpha_optimizer_, alpha_));
-    return result;
-  }
-  void restore(const Snapshot& state) {
-    torch::NoGradGuard no_grad;
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      weights_[i].second.copy_(state.values[i]);
-      set_moments(*weight_optimizer_, weights_[i].second, state.moments[i]);
-    }
-  }
-  void restore_alpha(const Tensor& alpha, const Snapshot& state) {
-    torch::NoGradGuard no_grad;
-    alpha_.copy_(alpha);
-    set_moments(*alpha_optimizer_, alpha_, state.alpha);
+    w_.step(clipped(gradients(loss, w_.parameters())), options_.lr() * decay());
   }
 
   /// What a state file must agree in.
@@ -536,11 +404,9 @@ class StructureSearch {
   S3DeltaOptions space_{0};
   std::vector<CandidateModule> modules_;
   std::vector<int64_t> numel_;
-  /// Of each module, one a site.
-  std::vector<std::vector<std::shared_ptr<StructureDecoration>>> decorations_;
-  std::vector<std::pair<std::string, Tensor>> weights_; // that train
+  std::vector<Decorations> decorations_; // of each module, one a site
   Tensor alpha_; // [m], float64
-  std::unique_ptr<torch::optim::AdamW> weight_optimizer_, alpha_optimizer_;
+  detail::RestorableAdamW w_, structure_;
   at::Generator generator_;
   int64_t steps_ = 0;
 };
