@@ -155,17 +155,17 @@ inline std::string escape(const std::string& text) {
 
 /// A chart's plotting area, with the maps from values to pixels.
 struct Axes {
-  static constexpr double kWidth = 520, kHeight = 320;
   static constexpr double kLeft = 52, kRight = 16, kTop = 16, kBottom = 44;
   double x_low, x_high, y_low, y_high;
+  double width = 520, height = 320;
 
   double x(double value) const {
     return kLeft +
-        (value - x_low) / (x_high - x_low) * (kWidth - kLeft - kRight);
+        (value - x_low) / (x_high - x_low) * (width - kLeft - kRight);
   }
   double y(double value) const {
-    return kHeight - kBottom -
-        (value - y_low) / (y_high - y_low) * (kHeight - kTop - kBottom);
+    return height - kBottom -
+        (value - y_low) / (y_high - y_low) * (height - kTop - kBottom);
   }
 
   /// Horizontal grid lines with their labels.
@@ -179,7 +179,7 @@ struct Axes {
           "<text class='tick' x='{:.1f}' y='{:.1f}' "
           "text-anchor='end'>{:.{}f}</text>\n",
           kLeft,
-          kWidth - kRight,
+          width - kRight,
           y(value),
           y(value),
           kLeft - 8,
@@ -196,9 +196,9 @@ struct Axes {
         "<text class='tick' x='{0:.1f}' y='{3:.1f}' "
         "text-anchor='middle'>{4}</text>\n",
         x(value),
-        kHeight - kBottom,
-        kHeight - kBottom + 5,
-        kHeight - kBottom + 19,
+        height - kBottom,
+        height - kBottom + 5,
+        height - kBottom + 19,
         label);
   }
   std::string frame(const std::string& x_title) const {
@@ -206,17 +206,17 @@ struct Axes {
         "<line class='axis' x1='{0}' x2='{1}' y1='{2}' y2='{2}'/>"
         "<text class='tick' x='{3}' y='{4}' text-anchor='middle'>{5}</text>\n",
         kLeft,
-        kWidth - kRight,
-        kHeight - kBottom,
-        (kLeft + kWidth - kRight) / 2,
-        kHeight - 6,
+        width - kRight,
+        height - kBottom,
+        (kLeft + width - kRight) / 2,
+        height - 6,
         x_title);
   }
-  static std::string open(const std::string& label) {
+  std::string open(const std::string& label) const {
     return fmt::format(
         "<svg viewBox='0 0 {} {}' role='img' aria-label='{}'>\n",
-        kWidth,
-        kHeight,
+        width,
+        height,
         label);
   }
 };
@@ -247,7 +247,7 @@ inline std::string loss_chart(const Report& report) {
   }
   const Axes axes{0, steps, 0, std::ceil(highest * 2) / 2};
   auto svg =
-      Axes::open("training loss") + axes.y_grid(axes.y_high > 2 ? 1 : 0.5, 1);
+      axes.open("training loss") + axes.y_grid(axes.y_high > 2 ? 1 : 0.5, 1);
   svg += axes.frame("training step");
   const double unit = std::pow(10, std::floor(std::log10(steps)));
   const double step = steps / unit >= 5 ? unit
@@ -292,8 +292,8 @@ inline std::string accuracy_chart(const Report& report) {
       std::log10(most) + 0.35,
       std::max(0.0, std::floor(lowest / step - 0.4) * step),
       std::min(1.0 + step / 2, std::ceil(highest / step + 0.4) * step)};
-  auto svg = Axes::open("accuracy against trainable parameters") +
-      axes.y_grid(step, 2);
+  auto svg =
+      axes.open("accuracy against trainable parameters") + axes.y_grid(step, 2);
   svg += axes.frame("trainable parameters");
   for (int power = 0; power <= 12; ++power) {
     for (const int lead : {1, 3}) {

@@ -34,6 +34,9 @@ struct TrainOptions {
   /// does.
   std::function<torch::Tensor(const Batch&, const std::vector<size_t>& rows)>
       forward;
+  /// What follows backward; by default gradients are clipped to norm 1 and the
+  /// optimizer steps.
+  std::function<void(torch::optim::Optimizer&)> step;
 };
 
 /// Tensors that train at a rate of their own.
@@ -148,8 +151,12 @@ inline TrainResult train(
           torch::nn::functional::cross_entropy(logits, batch.labels);
       optimizer.zero_grad();
       loss.backward();
-      torch::nn::utils::clip_grad_norm_(parameters, 1.0);
-      optimizer.step();
+      if (options.step) {
+        options.step(optimizer);
+      } else {
+        torch::nn::utils::clip_grad_norm_(parameters, 1.0);
+        optimizer.step();
+      }
 
       result.losses.push_back(loss.item<double>());
       seconds.push_back(seconds_since(start));

@@ -30,21 +30,27 @@ struct Held : c10::MemoryReportingInfoBase {
 };
 
 /// A training step on one batch, to be measured: it moves the parameters by
-/// next to nothing.
+/// next to nothing. `step` takes the optimizer's place after backward.
 class Step {
  public:
   Step(
       gloss::Network network,
       const std::vector<torch::Tensor>& parameters,
-      gloss::Batch batch)
+      gloss::Batch batch,
+      std::function<void(torch::optim::Optimizer&)> step = {})
       : network_(std::move(network)),
         batch_(std::move(batch)),
+        step_(std::move(step)),
         optimizer_(parameters, torch::optim::AdamWOptions(1e-9)) {}
 
   void run() {
     optimizer_.zero_grad();
     backward();
-    optimizer_.step();
+    if (step_) {
+      step_(optimizer_);
+    } else {
+      optimizer_.step();
+    }
   }
 
   /// What forward and backward hold at one time beyond the parameters:
@@ -66,6 +72,7 @@ class Step {
 
   gloss::Network network_;
   gloss::Batch batch_;
+  std::function<void(torch::optim::Optimizer&)> step_;
   torch::optim::AdamW optimizer_;
 };
 
