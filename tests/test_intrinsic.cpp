@@ -694,3 +694,48 @@ TEST_CASE("Options that make no sense", "[intrinsic]") {
       }),
       "is too big to be drawn; take projection('fastfood')"));
 }
+
+TEST_CASE("An intrinsic dimension times a number, not a gate", "[intrinsic]") {
+  seed();
+  Two model;
+  const auto x = torch::randn({4, 3});
+  auto plain = peft::attach(*model, peft::IntrinsicOptions(6));
+  randomise(plain);
+  plain.set_scale(0.5);
+  const auto half = model->forward(x).detach();
+  plain.detach();
+  auto scaled =
+      peft::attach(*model, peft::Scaled(peft::IntrinsicOptions(6), 0.5));
+  randomise(scaled);
+  CHECK(close(model->forward(x), half));
+  scaled.detach();
+  // One parameter for the whole adapter, where the number is learned.
+  auto learned = peft::attach(
+      *model,
+      peft::Scaled(
+          peft::IntrinsicOptions(6), peft::ScaleOptions(0.5).learned(true)));
+  CHECK(learned.num_parameters() == 7);
+  for (auto& item : learned.named_parameters()) {
+    if (item.key() == "intrinsic_vector") {
+      torch::NoGradGuard no_grad;
+      torch::manual_seed(7);
+      item.value().normal_(0, 0.3);
+    }
+  }
+  CHECK(close(model->forward(x), half));
+  torch::NoGradGuard no_grad;
+  for (int call = 0; call < 3; ++call) { // a kept weight would be seen
+    CHECK(close(model->forward(x), half));
+  }
+  for (auto& p : learned.parameters()) {
+    p.zero_();
+  }
+  CHECK_FALSE(torch::allclose(model->forward(x), half, 1e-3, 1e-3));
+  learned.detach();
+  CHECK(contains(
+      error_of([&] {
+        peft::attach(*model, peft::Gated(peft::IntrinsicOptions(6)));
+      }),
+      "gates on a site without input: 'first' carries 'intrinsic d=6'"));
+  CHECK(peft::adapters(*model).empty());
+}

@@ -150,7 +150,7 @@ class IntrinsicDelta final : public Delta {
     if (first().intrinsic_lambda.defined()) {
       theta = theta * first().intrinsic_lambda.select(0, index_);
     }
-    const Tensor f = number_factor();
+    const Tensor f = first().number_factor(); // decorations go where theta is
     if (f.defined()) {
       theta = theta * f.to(theta.scalar_type());
     }
@@ -175,6 +175,10 @@ class IntrinsicDelta final : public Delta {
     visit(first().intrinsic_vector);
     if (first().intrinsic_lambda.defined()) {
       visit(first().intrinsic_lambda);
+    }
+    const Tensor f = first_ ? first_->number_factor() : Tensor();
+    if (f.defined()) {
+      visit(f);
     }
   }
 
