@@ -542,12 +542,15 @@ inline void save_safetensors(
   file.write(&length, 8);
   std::string gathered = std::move(header);
   for (const auto& item : items) {
-    const auto tensor = base(*item.tensor)
-                            .detach()
-                            .to(torch::kCPU)
-                            .resolve_conj()
-                            .resolve_neg()
-                            .contiguous();
+    auto tensor = base(*item.tensor);
+    if (!tensor.is_cpu() || !tensor.is_contiguous() || tensor.is_conj() ||
+        tensor.is_neg()) {
+      tensor = tensor.detach()
+                   .to(torch::kCPU)
+                   .resolve_conj()
+                   .resolve_neg()
+                   .contiguous();
+    }
     const size_t bytes = item.bytes();
     if (gathered.size() + bytes > kGathered) {
       file.write(gathered);
