@@ -115,8 +115,8 @@ def run(base, adapter, token_ids, mask, gates, scaling):
         a = linear(layer + "attention.output.dense", (weights @ value).transpose(1, 2).flatten(2))
         h = norm(layer + "attention.output.LayerNorm", a + h)
         f = linear(layer + "output.dense", F.gelu(linear(layer + "intermediate.dense", h)))
-        if layer + "intermediate.dense.adapter_up.weight" in adapter:
-            f = f + scaling * bottleneck(layer + "intermediate.dense", h)
+        if layer + "output.dense.adapter_up.weight" in adapter:
+            f = f + scaling * bottleneck(layer + "output.dense", h)
         v = f + h
         name = layer + "output.LayerNorm"
         h = norm(name, v)
@@ -147,7 +147,7 @@ def add_gate(adapter, name, parts=1):
 def mam():
     adapter = prefix()
     for i in range(LAYERS):
-        add_bottleneck(adapter, f"encoder.layer.{i}.intermediate.dense")
+        add_bottleneck(adapter, f"encoder.layer.{i}.output.dense")
     return adapter
 
 

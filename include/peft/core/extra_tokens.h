@@ -50,6 +50,9 @@ struct KeyValues {
   std::vector<std::vector<Gated>> gated;
   /// How many of the tokens in front are an adapter's.
   int64_t virtual_tokens = 0;
+  /// How many of these take no position: the tokens behind are numbered as if
+  /// they were not there.
+  int64_t unnumbered = 0;
   /// Whether update() stores what it returns.
   bool grows = true;
 
@@ -166,13 +169,18 @@ struct TokenInputs {
     return cache != nullptr ? cache->length() : prefix.length();
   }
 
+  /// Positions that are taken before `embeds`.
+  int64_t positions_before() const {
+    return past() - (cache != nullptr ? cache->unnumbered : prefix.unnumbered);
+  }
+
   /// The position of every embedding, `[batch or 1, length]`: as given, or
   /// counted from the tokens before them, as HF's models do.
   Tensor positions() const {
     if (position_ids.defined()) {
       return position_ids;
     }
-    const auto begin = past();
+    const auto begin = positions_before();
     return at::arange(
                begin,
                begin + embeds.size(1),
@@ -221,6 +229,10 @@ class TokensDelta : public CallDelta {
   using CallDelta::CallDelta;
 
   virtual int64_t num_virtual_tokens() const = 0;
+  /// Whether the tokens behind are numbered after these.
+  virtual bool takes_positions() const {
+    return true;
+  }
 
   /// `[virtual tokens, hidden]`; undefined for one of keys and values.
   virtual Tensor embeddings(double /*scale*/) const {
@@ -307,14 +319,19 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
     const bool continues =
         tokens.cache != nullptr && tokens.cache->length() > 0;
     if (continues) {
-      make_room(tokens, tokens.cache->virtual_tokens, 0);
+      const auto& cache = *tokens.cache;
+      make_room(
+          tokens,
+          cache.virtual_tokens,
+          cache.virtual_tokens - cache.unnumbered,
+          0);
       return tokens;
     }
     for (const auto& [delta, scale] : active<TokensDelta>()) {
       const int64_t count = delta->num_virtual_tokens();
       const Tensor rows = delta->embeddings(scale);
       if (rows.defined()) {
-        make_room(tokens, count, count);
+        make_room(tokens, count, count, count);
         tokens.prepended += count;
         tokens.embeds = at::cat(
             {rows.to(tokens.embeds.options())
@@ -326,15 +343,16 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
           tokens.cache->virtual_tokens += count;
         }
       } else {
-        make_room(tokens, count, 0);
+        make_room(tokens, count, delta->takes_positions() ? count : 0, 0);
         put(tokens, *delta, scale);
       }
     }
     if (options.max_positions()) {
       TORCH_CHECK(
-          tokens.past() + tokens.embeds.size(1) <= *options.max_positions(),
+          tokens.positions_before() + tokens.embeds.size(1) <=
+              *options.max_positions(),
           "peft: ",
-          tokens.past() + tokens.embeds.size(1),
+          tokens.positions_before() + tokens.embeds.size(1),
           " tokens, the adapter's included, are more than the ",
           *options.max_positions(),
           " positions of this model; truncate the input");
@@ -350,8 +368,12 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
 
  private:
   /// Lets the mask and the positions know of `count` tokens in front, of which
-  /// `embedded` are numbered here.
-  static void make_room(TokenInputs& tokens, int64_t count, int64_t embedded) {
+  /// `numbered` take a position and `embedded` are numbered here.
+  static void make_room(
+      TokenInputs& tokens,
+      int64_t count,
+      int64_t numbered,
+      int64_t embedded) {
     if (count == 0) {
       return;
     }
@@ -360,9 +382,9 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
           at::constant_pad_nd(tokens.attention_mask, {count, 0}, 1);
     }
     if (tokens.position_ids.defined()) {
-      Tensor shifted = tokens.position_ids + count;
+      Tensor shifted = tokens.position_ids + numbered;
       if (embedded > 0) {
-        const auto begin = tokens.past();
+        const auto begin = tokens.positions_before();
         shifted = at::cat(
             {at::arange(begin, begin + embedded, shifted.options())
                  .unsqueeze(0)
@@ -380,6 +402,8 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
     KeyValues& target = tokens.cache != nullptr ? *tokens.cache : tokens.prefix;
     target.grows = tokens.cache != nullptr;
     target.virtual_tokens += delta.num_virtual_tokens();
+    target.unnumbered +=
+        delta.takes_positions() ? 0 : delta.num_virtual_tokens();
     target.keys.resize(added.keys.size());
     target.values.resize(added.values.size());
     target.gated.resize(

@@ -34,7 +34,9 @@ struct PaddingInfo : c10::DebugInfoBase {
 };
 
 inline c10::DebugInfoKind padding_info_kind() {
-  return c10::DebugInfoKind::TEST_INFO; // not a constant from 2.15 on
+  // Not a constant from 2.15 on. TEST_INFO is AdapterDrop's, TEST_INFO_2 the
+  // choice of adapters'; torch itself does not use this one.
+  return c10::DebugInfoKind::INFERENCE_CONTEXT;
 }
 
 inline const PaddingInfo* padding_info() {

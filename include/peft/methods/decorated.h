@@ -20,6 +20,7 @@
 #include <peft/core/attach.h>
 #include <peft/core/padding.h>
 #include <peft/core/roles.h>
+#include <peft/methods/any_options.h>
 #include <peft/methods/union.h>
 
 #include <torch/arg.h>
@@ -353,7 +354,7 @@ namespace detail {
 template <class Options>
 Plan plan(const Gated<Options>& options, const Network& network) {
   return decorated(
-      plan(options.options(), network),
+      plan_of(options.options(), network),
       "GATED",
       options.gate(),
       options.modules_to_save());
@@ -362,7 +363,7 @@ Plan plan(const Gated<Options>& options, const Network& network) {
 template <class Options>
 Plan plan(const Scaled<Options>& options, const Network& network) {
   return decorated(
-      plan(options.options(), network),
+      plan_of(options.options(), network),
       "SCALED",
       options.scale(),
       options.modules_to_save());

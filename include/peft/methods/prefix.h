@@ -65,6 +65,10 @@ struct PrefixOptions {
   /// of L takes those of layer 2 i mod L, and half of them go unused where L is
   /// even. false: every layer has its own.
   TORCH_ARG(bool, hf_layer_order) = false;
+  /// Whether the input's tokens are numbered after the prefix, as HF PEFT has
+  /// it; false: as if it were not there, the default inside MAM and UniPELT, by
+  /// their code. (Before T5's relative positions it stands in any case.)
+  TORCH_ARG(std::optional<bool>, takes_positions);
   /// Layers without a prefix, counted from 0 through all stacks: an encoder's
   /// first, then its decoder's (a cross-attention is in its decoder's layer).
   TORCH_ARG(std::vector<int64_t>, leave_out);
@@ -126,6 +130,10 @@ class PrefixDelta final : public TokensDelta {
 
   int64_t num_virtual_tokens() const override {
     return options_.num_virtual_tokens();
+  }
+
+  bool takes_positions() const override {
+    return options_.takes_positions().value_or(true);
   }
 
   KeyValues key_values(double scale) const override {
@@ -382,14 +390,18 @@ inline std::vector<TokenSite> prefix_places(
   return places;
 }
 
-/// A prefix in every attention of the network, unless its options name stacks.
+/// A prefix as the published unions have it: in every attention of the network
+/// and without positions, unless its options say otherwise.
 inline PrefixOptions in_every_stack(
     PrefixOptions options,
     const Network& network) {
+  if (!options.takes_positions()) { // not said
+    options.takes_positions(false);
+  }
   if (options.stacks().empty()) {
+    auto& named = options.stacks();
     for (const auto& place : token_sites(network, "prefix tuning")) {
       const auto& stack = place.second->options.stack();
-      auto& named = options.stacks();
       if (std::find(named.begin(), named.end(), stack) == named.end()) {
         named.push_back(stack);
       }

@@ -352,7 +352,7 @@ struct Gpt2ModelImpl : torch::nn::Cloneable<Gpt2ModelImpl> {
   }
 
   void check_length(const TokenInputs& tokens) const {
-    const auto length = tokens.past() + tokens.embeds.size(1);
+    const auto length = tokens.positions_before() + tokens.embeds.size(1);
     TORCH_CHECK(
         length <= options.n_positions(),
         "peft: ",

@@ -227,6 +227,8 @@ class PrefixFormat final : public VirtualTokensFormat {
     o.init(config.get<std::string>("init_weights", "random"));
     o.dropout(config.get<double>("dropout", 0));
     o.leave_out(config.get<std::vector<int64_t>>("leave_out", {}));
+    o.takes_positions(config.get<bool>("takes_positions", true));
+    o.takes_positions(config.get<bool>("takes_positions", true));
     if (config.has("stacks")) {
       o.stacks(config.get<std::vector<std::string>>("stacks"));
     } else {
@@ -281,6 +283,12 @@ class PrefixFormat final : public VirtualTokensFormat {
     }
     if (!o.leave_out().empty()) {
       config.set("leave_out", o.leave_out());
+    }
+    if (!o.takes_positions()) {
+      config.set("takes_positions", false);
+    }
+    if (!o.takes_positions().value_or(true)) {
+      config.set("takes_positions", false);
     }
     std::vector<std::string> stacks; // those that HF PEFT would not run
     for (const auto& site : adapter.sites) {
