@@ -51,6 +51,7 @@
 #include <peft/methods/decorated.h>
 #include <peft/methods/mam.h>
 #include <peft/methods/unipelt.h>
+#include <peft/methods/llm_adapters.h>
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
 #include <peft/methods/s3_delta.h>

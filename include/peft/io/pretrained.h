@@ -20,6 +20,7 @@
 #include <peft/io/formats/krona.h>
 #include <peft/io/formats/ladder.h>
 #include <peft/io/formats/layer_norm.h>
+#include <peft/io/formats/llm_adapters.h>
 #include <peft/io/formats/lora.h>
 #include <peft/io/formats/masked.h>
 #include <peft/io/formats/masked_adapter.h>
@@ -246,6 +247,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<LadderFormat>(),
       std::make_shared<SparseFormat>(),
       std::make_shared<FullTuningFormat>(),
+      std::make_shared<LinearBottleneckFormat>(),
       std::make_shared<GatedFormat>(&formats),
       std::make_shared<ScaledFormat>(&formats),
       std::make_shared<S3DeltaFormat>(&formats),
