@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -401,6 +402,14 @@ TEST_CASE("a step keeps no second copy of the weights and makes no dW'") {
     CHECK(memory.held() >= size);
   }
   CHECK(equal_bits(y, linear(x)));
+  {
+    torch::NoGradGuard no_grad;
+    linear(x);
+    linear(x); // the second time W' is kept
+    const accounting::Memory memory;
+    CHECK(equal_bits(linear(x), y.detach()));
+    CHECK(memory.of_at_least(size).empty());
+  }
 }
 
 TEST_CASE("W' of any shape, layout and dtype is what the definition says") {

@@ -15,9 +15,8 @@ namespace peft {
 /// is, so the other entries cannot move under any optimizer, and an optimizer's
 /// state is k numbers too.
 ///
-///   W' = W, but values[j] at entry indices[j]      (merges and returns
-///   exactly) W' = W + values[j] at entry indices[j]         `additive`: sums
-///   of several
+///   W'_i = v_j         at i = indices[j]: merges and returns to the bit
+///   W'_i = W_i + v_j   `additive`: several such deltas add up
 ///
 /// A scale moves between W and W'. Entries count in row-major order.
 class SparseCopy final : public Delta {

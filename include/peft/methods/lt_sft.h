@@ -29,7 +29,7 @@
 #include <peft/methods/full_tuning.h>
 #include <peft/methods/sparse_mask.h>
 
-#include <memory>
+#include <any>
 #include <string>
 #include <utility>
 
