@@ -471,6 +471,24 @@ TEST_CASE("Where a batch does not tell its samples apart, they run alone") {
       },
       {kSamples},
       false);
+  // Beside other adapters, whose effective weights are measured.
+  Mixed adapted;
+  auto lora = peft::attach(
+      *adapted, peft::LoraOptions(2).init("random").targets({"twice", "head"}));
+  const auto adapted_losses = [&](int64_t begin, int64_t end) {
+    return each_loss(adapted->forward(ids(begin, end) % 9), begin, end);
+  };
+  check_batches(*adapted, adapted_losses, {kSamples}, false);
+  const auto beside =
+      peft::estimate_fisher(*adapted, adapted_losses, {kSamples});
+  peft::merge(*adapted);
+  const auto merged =
+      peft::estimate_fisher(*adapted, adapted_losses, {kSamples});
+  for (size_t i = 0; i < merged.scores.size(); ++i) {
+    INFO(merged.scores[i].first);
+    CHECK(close(beside.scores[i].second, merged.scores[i].second));
+  }
+
   CHECK(contains(
       error_of([&] {
         peft::estimate_fisher(

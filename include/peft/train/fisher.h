@@ -13,10 +13,11 @@
 // mask asks for no more. The first two need the gradient of each sample alone;
 // the third is another estimator, not a cheaper way to the same numbers.
 //
-// Memory: two tensors of each measured parameter, its sum and one gradient
-// (float32, or float64 where the parameter is). Time: a forward and a backward
-// for each sample, or for each sample and class; batches of samples share the
-// pass, but not the products x_i^T dy_i.
+// Memory: one tensor of each measured parameter, its sum (float32, or float64
+// where the parameter is), and the gradient that is just being measured. Time:
+// a forward and a backward for each sample, or for each sample and class, and a
+// pass over the sums; batches of samples share the first two, but not the
+// products x_i^T dy_i.
 
 #include <peft/core/attach.h>
 #include <peft/methods/sparse_mask.h>
@@ -28,7 +29,6 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -160,8 +160,8 @@ inline std::vector<MeasuredParameter> measured_parameters(
   return result;
 }
 
-/// Lets `measured`, and nothing else of a network, require gradients, in the
-/// mode that is asked for; leaving the scope puts all of it back.
+/// Puts a network into training or evaluation mode; leaving the scope puts
+/// back modes, buffers and what requires gradients.
 class Measuring {
  public:
   Measuring(
@@ -177,25 +177,12 @@ class Measuring {
         buffers_.emplace_back(buffer, buffer.detach().clone());
       }
     }
-    const auto record = [&](const Tensor& p) {
-      if (p.is_leaf() && !p.is_inference()) {
-        required_.emplace_back(p, p.requires_grad());
-      }
-    };
     for (const auto& p : model.parameters()) {
       record(p);
     }
     for (const auto& parameter : measured) { // some are only members
       for (const auto& place : parameter.places) {
         record(place.tensor);
-      }
-    }
-    for (auto& item : required_) {
-      item.first.set_requires_grad(false);
-    }
-    for (const auto& parameter : measured) {
-      for (const auto& place : parameter.places) {
-        Tensor(place.tensor).set_requires_grad(true);
       }
     }
     model.train(train);
@@ -216,46 +203,16 @@ class Measuring {
   Measuring& operator=(const Measuring&) = delete;
 
  private:
+  void record(const Tensor& p) {
+    if (p.is_leaf() && !p.is_inference()) {
+      required_.emplace_back(p, p.requires_grad());
+    }
+  }
+
   std::vector<std::pair<torch::nn::Module*, bool>> modes_;
   std::vector<std::pair<Tensor, bool>> required_;
   std::vector<std::pair<Tensor, Tensor>> buffers_;
 };
-
-/// Adds `weight` times the measure of d loss to the sums.
-inline void add_gradients(
-    std::vector<MeasuredParameter>& parameters,
-    const GradientMeasure& measure,
-    const Tensor& loss,
-    double weight,
-    bool keep_graph) {
-  std::vector<Tensor> inputs;
-  for (const auto& parameter : parameters) {
-    for (const auto& place : parameter.places) {
-      inputs.push_back(place.tensor);
-    }
-  }
-  auto gradients = torch::autograd::grad(
-      {loss}, inputs, {}, keep_graph, /*create_graph=*/false, true);
-  size_t next = 0;
-  for (auto& parameter : parameters) {
-    Tensor g;
-    for (size_t i = 0; i < parameter.places.size(); ++i) {
-      const Tensor one = std::move(gradients[next]);
-      // One tensor under several names has the gradient of all its uses.
-      const bool is_new = std::none_of(
-          inputs.begin() + static_cast<int64_t>(next - i),
-          inputs.begin() + static_cast<int64_t>(next),
-          [&](const Tensor& t) { return t.is_same(inputs[next]); });
-      if (one.defined() && is_new) {
-        g = g.defined() ? g + one : one;
-      }
-      ++next;
-    }
-    if (g.defined()) { // else the loss does not know it
-      measure.add(parameter.sum, g, weight);
-    }
-  }
-}
 
 /// "sample 3", or "samples 4 to 7".
 inline std::string name_of_samples(int64_t begin, int64_t end) {
@@ -319,126 +276,83 @@ class FisherRun {
       torch::nn::Module& model,
       const Outputs& outputs_of,
       const FisherOptions& options)
-      : model_(model),
-        outputs_of_(outputs_of),
+      : outputs_of_(outputs_of),
         options_(options),
-        measure_{options.measure() == "absolute", options.max_norm()},
         logits_(options.variant() == "expectation"),
-        parameters_(measured_parameters(model, options.targets())) {}
+        parameters_(measured_parameters(model, options.targets())),
+        size_(std::min(options.batch_size(), options.num_samples())),
+        may_share_(
+            size_ > 1 && !options.per_batch() && !options.train() &&
+            adapters(model).empty()),
+        measuring_(model, parameters_, options.train()),
+        probes_(
+            model,
+            parameters_,
+            may_share_ ? size_ : 1,
+            {options.measure() == "absolute", options.max_norm()}) {}
 
   FisherEstimate operator()() {
     const int64_t total = options_.num_samples();
-    const int64_t size = std::min(options_.batch_size(), total);
-    const bool may_share = size > 1 && !options_.per_batch() &&
-        !options_.train() && adapters(model_).empty();
-    const int64_t first = may_share ? size : total;
-    bool goes_on = one_by_one(0, first);
-    if (goes_on && first < total) {
-      const auto probes = probes_that_tell_apart(size);
-      result_.batched = probes != nullptr;
-      for (int64_t begin = first; probes && goes_on && begin < total;
-           begin += size) {
-        const int64_t end = std::min(begin + size, total);
-        const Measuring measuring(model_, {}, /*train=*/false);
-        measure_each(*probes, run_with(*probes, begin, end));
-        goes_on = report(end);
+    int64_t step = options_.per_batch() ? size_ : 1;
+    FisherEstimate result;
+    for (int64_t begin = 0; begin < total;) {
+      if (may_share_ && begin == size_) {
+        result.batched = tells_samples_apart();
+        step = result.batched ? size_ : 1;
+      }
+      const int64_t end = std::min(begin + step, total);
+      measure(begin, end);
+      result.num_samples = begin = end;
+      if (options_.progress() && !options_.progress()(end, total)) {
+        break;
       }
     }
-    if (goes_on && result_.num_samples < total) {
-      one_by_one(result_.num_samples, total);
-    }
     for (auto& parameter : parameters_) {
-      result_.scores.emplace_back(
-          parameter.places.front().parameter, std::move(parameter.sum));
+      result.scores.emplace_back(
+          parameter.places.front().parameter, parameter.sum);
     }
-    check_scores(result_.scores);
-    return std::move(result_);
+    check_scores(result.scores);
+    return result;
   }
 
  private:
-  bool report(int64_t done) {
-    result_.num_samples = done;
-    return !options_.progress() ||
-        options_.progress()(done, options_.num_samples());
-  }
-
-  /// Samples [begin, total) alone, or in batches that are one to the measure.
-  bool one_by_one(int64_t begin, int64_t total) {
-    const Measuring measuring(model_, parameters_, options_.train());
-    const int64_t step = options_.per_batch() ? options_.batch_size() : 1;
-    for (; begin < total; begin += step) {
-      const int64_t end = std::min(begin + step, total);
-      const Tensor outputs = outputs_of_(begin, end);
-      check_outputs(outputs, begin, end, 1, logits_);
-      if (!logits_) {
-        add_gradients(parameters_, measure_, outputs.reshape({}), 1.0, false);
-      } else {
-        const Tensor log_p = outputs.reshape({-1}).log_softmax(0);
-        const Tensor p = log_p.detach().exp().to(at::kCPU, at::kDouble);
-        for (int64_t c = 0; c < p.numel(); ++c) {
-          add_gradients(
-              parameters_,
-              measure_,
-              -log_p[c],
-              p[c].item<double>(),
-              /*keep_graph=*/c + 1 < p.numel());
-        }
-      }
-      if (!report(end)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  /// What samples [begin, end) give in one pass.
-  Tensor run_with(const SampleProbes& probes, int64_t begin, int64_t end) {
+  /// Adds samples [begin, end): each by its own gradient, or all as one.
+  void measure(int64_t begin, int64_t end) {
+    const int64_t count = options_.per_batch() ? 1 : end - begin;
     const Tensor outputs =
-        probes.forward(end - begin, [&] { return outputs_of_(begin, end); });
-    check_outputs(outputs, begin, end, end - begin, logits_);
-    return outputs;
-  }
-
-  /// Adds each sample by its own gradient.
-  void measure_each(SampleProbes& probes, const Tensor& outputs) {
+        probes_.forward(count, [&] { return outputs_of_(begin, end); });
+    check_outputs(outputs, begin, end, count, logits_);
     if (!logits_) {
-      probes.add(
-          outputs.sum(),
-          std::vector<double>(static_cast<size_t>(outputs.numel()), 1.0),
-          /*keep_graph=*/false);
+      const std::vector<double> ones(static_cast<size_t>(count), 1.0);
+      probes_.add(outputs.sum(), ones, /*keep_graph=*/false);
       return;
     }
-    const Tensor log_p = outputs.reshape({-1, outputs.size(-1)}).log_softmax(1);
+    const Tensor log_p = outputs.reshape({count, -1}).log_softmax(1);
     const Tensor p = log_p.detach().exp().to(at::kCPU, at::kDouble);
     for (int64_t c = 0; c < p.size(1); ++c) {
       const Tensor own = p.select(1, c).contiguous();
-      probes.add(
+      probes_.add(
           -log_p.select(1, c).sum(),
-          {own.data_ptr<double>(), own.data_ptr<double>() + own.numel()},
+          {own.data_ptr<double>(), own.data_ptr<double>() + count},
           /*keep_graph=*/c + 1 < p.size(1));
     }
   }
 
-  /// Probes, if the first batch gives with them the sums that its samples gave
-  /// alone; null where it does not, or does not run.
-  std::unique_ptr<SampleProbes> probes_that_tell_apart(int64_t size) {
+  /// Whether the first batch, measured in one pass, gives the sums that its
+  /// samples gave alone. What does not run in one pass does not.
+  bool tells_samples_apart() {
     std::vector<Tensor> alone;
+    double largest = 0; // what is zero but for rounding is so in both
     for (auto& parameter : parameters_) {
       alone.push_back(parameter.sum);
+      largest = std::max(largest, parameter.sum.max().item<double>());
       parameter.sum = at::zeros_like(parameter.sum);
     }
-    std::unique_ptr<SampleProbes> probes;
+    bool same = true;
     try {
-      probes =
-          std::make_unique<SampleProbes>(model_, parameters_, size, measure_);
-      const Measuring measuring(model_, {}, /*train=*/false);
-      measure_each(*probes, run_with(*probes, 0, size));
+      measure(0, size_);
     } catch (const c10::Error&) {
-      probes.reset();
-    }
-    double largest = 0; // what is zero but for rounding is so in both
-    for (const auto& sum : alone) {
-      largest = std::max(largest, sum.max().item<double>());
+      same = false;
     }
     for (size_t i = 0; i < alone.size(); ++i) {
       Tensor& sum = parameters_[i].sum;
@@ -446,22 +360,22 @@ class FisherRun {
           c10::isReducedFloatingType(parameters_[i].tensor().scalar_type())
           ? 0.05
           : 1e-3;
-      if ((sum - alone[i]).abs().max().item<double>() >
-          rounding * alone[i].max().item<double>() + 1e-6 * largest) {
-        probes.reset();
-      }
+      same = same &&
+          (sum - alone[i]).abs().max().item<double>() <=
+              rounding * alone[i].max().item<double>() + 1e-6 * largest;
       sum = std::move(alone[i]);
     }
-    return probes;
+    return same;
   }
 
-  torch::nn::Module& model_;
   const Outputs& outputs_of_;
   const FisherOptions& options_;
-  GradientMeasure measure_;
   bool logits_;
   std::vector<MeasuredParameter> parameters_;
-  FisherEstimate result_;
+  int64_t size_;
+  bool may_share_; // passes, if the first batch shows that it can
+  Measuring measuring_; // outlives the probes
+  SampleProbes probes_;
 };
 
 } // namespace detail
@@ -471,9 +385,10 @@ class FisherRun {
 /// the loss of each, [end - begin]; with variant("expectation") the logits,
 /// [end - begin, classes]; with per_batch the mean loss, a scalar.
 ///
-/// Parameters may be frozen. requires_grad, gradients, modes and buffers are
-/// as before when it returns or throws. A loss that is not finite is an error
-/// that names the sample.
+/// Parameters may be frozen; where adapters act, the gradient is that of the
+/// effective weight. requires_grad, gradients, modes and buffers are as before
+/// when it returns or throws. A loss that is not finite is an error that names
+/// the sample.
 inline FisherEstimate estimate_fisher(
     torch::nn::Module& model,
     const std::function<Tensor(int64_t begin, int64_t end)>& outputs_of,

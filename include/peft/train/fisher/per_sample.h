@@ -1,9 +1,9 @@
 #pragma once
 
-// The gradient of each sample of a batch, from one pass. Every sample gets an
-// adapter of its own that adds Z = 0 to each weight, and a mixed batch
-// (peft::BatchAdapters) gives it the sample's rows: what arrives at Z is the
-// weight's gradient from that sample alone.
+// The gradient of each weight, measured as it arrives: an adapter adds Z = 0 to
+// the weight, and what arrives at Z is the weight's gradient. The samples of a
+// batch have an adapter each, and a mixed batch (peft::BatchAdapters) gives it
+// the sample's rows: what arrives is the gradient from that sample alone.
 //
 //   y_i = x_i (W + Z_i)^T + b      dZ_i = dy_i^T x_i     summed over the tokens
 
@@ -11,6 +11,7 @@
 #include <peft/core/attach.h>
 #include <peft/train/fisher/measure.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -33,7 +34,7 @@ struct ProbedLinear : torch::autograd::Function<ProbedLinear> {
     context->saved_data["sizes"] = zero.sizes().vec();
     context->saved_data["begin"] = begin;
     context->saved_data["transposed"] = transposed;
-    return y.view_as(y);
+    return y.clone(); // a bias may be added to it in place
   }
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context,
@@ -67,7 +68,7 @@ struct ProbedEmbedding : torch::autograd::Function<ProbedEmbedding> {
     context->save_for_backward({indices});
     context->saved_data["rows"] = zero.size(0);
     context->saved_data["padding"] = padding_idx;
-    return y.view_as(y);
+    return y.clone(); // a bias may be added to it in place
   }
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context,
@@ -131,8 +132,8 @@ class GradientProbe final : public Delta {
   Tensor zero;
 };
 
-/// Probes for batches of up to `size` samples on `model`, which has no adapter;
-/// they come off with the object.
+/// Probes on `model` for batches of up to `size` samples, beside its adapters;
+/// they come off with the object. Batches of several want no other adapter.
 class SampleProbes {
  public:
   SampleProbes(
@@ -141,6 +142,20 @@ class SampleProbes {
       int64_t size,
       const GradientMeasure& measure)
       : parameters_(parameters), measure_(measure) {
+    TORCH_CHECK(
+        active_info() == nullptr,
+        "peft: gradients are measured with the enabled adapters; leave the "
+        "scope of ActiveAdapters or BatchAdapters first");
+    for (const auto& item : base_parameters(model)) { // of modules around, too
+      if (const auto* meta = tag_of(item.second)) {
+        for (const auto& entry : meta->site->entries) {
+          note_enabled(*entry.adapter);
+        }
+      }
+    }
+    for (const auto& adapter : peft::adapters(model)) {
+      note_enabled(*adapter.shared_state());
+    }
     try {
       for (int64_t i = 0; i < size; ++i) {
         add_sample(model, i);
@@ -156,10 +171,16 @@ class SampleProbes {
   SampleProbes(const SampleProbes&) = delete;
   SampleProbes& operator=(const SampleProbes&) = delete;
 
-  /// What `run` returns for the first `count` samples' rows, in whose graph
-  /// each sample has its own Z.
+  /// What `run` returns for a batch of `count` samples, in whose graph each has
+  /// its own Z; for a count of 1 all rows have the same.
   template <class Run>
   Tensor forward(int64_t count, const Run& run) const {
+    if (count == 1) {
+      auto names = enabled_;
+      names.push_back(adapters_.front().name());
+      const ActiveAdapters scope(std::move(names));
+      return run();
+    }
     std::vector<std::string> names;
     for (int64_t i = 0; i < count; ++i) {
       names.push_back(adapters_[static_cast<size_t>(i)].name());
@@ -180,6 +201,14 @@ class SampleProbes {
   }
 
  private:
+  void note_enabled(const AdapterState& adapter) {
+    if (adapter.enabled &&
+        std::find(enabled_.begin(), enabled_.end(), adapter.name) ==
+            enabled_.end()) {
+      enabled_.push_back(adapter.name);
+    }
+  }
+
   void add_sample(torch::nn::Module& model, int64_t number) {
     Plan plan;
     plan.method = "GRADIENT_PROBE";
@@ -200,8 +229,8 @@ class SampleProbes {
       });
       zeros.push_back(probe->zero);
     }
-    adapters_.push_back(
-        commit(model, "sample_" + std::to_string(number), std::move(plan)));
+    adapters_.push_back(commit(
+        model, "fisher_sample_" + std::to_string(number), std::move(plan)));
     zeros_.push_back(std::move(zeros));
   }
 
@@ -214,6 +243,7 @@ class SampleProbes {
 
   std::vector<MeasuredParameter>& parameters_;
   GradientMeasure measure_;
+  std::vector<std::string> enabled_; // the model's own adapters
   std::vector<Adapter> adapters_;
   std::vector<std::vector<Tensor>> zeros_;
   std::vector<double> weights_;
