@@ -51,6 +51,7 @@
 #include <peft/methods/decorated.h>
 #include <peft/methods/mam.h>
 #include <peft/methods/unipelt.h>
+#include <peft/methods/auto_peft.h>
 #include <peft/methods/llm_adapters.h>
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
@@ -59,6 +60,8 @@
 #include <peft/train/fisher.h>
 #include <peft/train/masked_step.h>
 #include <peft/train/check_optimizer.h>
+#include <peft/train/search.h>
+#include <peft/train/search/auto_peft.h>
 #include <peft/train/structure_search.h>
 
 #include <peft/io/safetensors.h>

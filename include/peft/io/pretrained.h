@@ -11,6 +11,7 @@
 #include <peft/core/attach.h>
 #include <peft/io/adapter_config.h>
 #include <peft/io/formats/adapter_hub.h>
+#include <peft/io/formats/auto_peft.h>
 #include <peft/io/formats/bitfit.h>
 #include <peft/io/formats/bottleneck.h>
 #include <peft/io/formats/coda.h>
@@ -251,6 +252,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<GatedFormat>(&formats),
       std::make_shared<ScaledFormat>(&formats),
       std::make_shared<S3DeltaFormat>(&formats),
+      std::make_shared<AutoPeftFormat>(&formats),
       std::make_shared<UnionFormat>(&formats),
   };
   return all;

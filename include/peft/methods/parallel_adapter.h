@@ -158,14 +158,18 @@ inline Tensor term_for(const ParallelInputDelta& input, const Tensor& y) {
       "layer's weight was read instead: it is used otherwise than by linear, "
       "matmul or addmm on inputs of two dimensions or more, or an adapter "
       "beside this one on the same weight replaces it; disable that one");
+  // Where a layer takes its tokens in a row (HF's Conv1D), the term has them
+  // so.
+  const bool in_a_row = term->dim() == 2 && y.dim() > 2 &&
+      term->size(1) == y.size(-1) && term->numel() == y.numel();
   TORCH_CHECK(
-      term->sizes() == y.sizes(),
+      in_a_row || term->sizes() == y.sizes(),
       "peft: a parallel adapter computes ",
       term->sizes(),
       " from the input of its first layer, and the second one makes ",
       y.sizes(),
       "; the two must see the same tokens");
-  return *term;
+  return in_a_row ? term->view(y.sizes()) : *term;
 }
 
 /// On the bias, or the weight, of the layer that makes y: adds the term.

@@ -452,7 +452,10 @@ inline Plan plan(
   check(options);
   const auto all = token_sites(network, "prefix tuning");
   const auto places = prefix_places(options, all);
-  check_virtual_tokens(options.num_virtual_tokens(), places);
+  check_virtual_tokens(
+      options.num_virtual_tokens(),
+      places,
+      options.takes_positions().value_or(true));
   TORCH_CHECK_VALUE(
       places.size() == 1 ||
           (!options.init_cache() && !options.hf_layer_order()),

@@ -55,10 +55,11 @@ inline std::string stacks_of(const std::vector<TokenSite>& sites) {
 }
 
 /// Checks a number of virtual tokens, and that it leaves room for one token of
-/// the input's.
+/// the input's where they take positions.
 inline void check_virtual_tokens(
     int64_t count,
-    const std::vector<TokenSite>& sites) {
+    const std::vector<TokenSite>& sites,
+    bool take_positions = true) {
   TORCH_CHECK_VALUE(
       count > 0,
       "peft: num_virtual_tokens must be positive, got ",
@@ -67,7 +68,7 @@ inline void check_virtual_tokens(
   for (const auto& [name, site] : sites) {
     const auto positions = site->options.max_positions();
     TORCH_CHECK_VALUE(
-        !positions || count < *positions,
+        !take_positions || !positions || count < *positions,
         "peft: ",
         count,
         " virtual tokens leave no room at '",

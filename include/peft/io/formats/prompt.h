@@ -228,7 +228,6 @@ class PrefixFormat final : public VirtualTokensFormat {
     o.dropout(config.get<double>("dropout", 0));
     o.leave_out(config.get<std::vector<int64_t>>("leave_out", {}));
     o.takes_positions(config.get<bool>("takes_positions", true));
-    o.takes_positions(config.get<bool>("takes_positions", true));
     if (config.has("stacks")) {
       o.stacks(config.get<std::vector<std::string>>("stacks"));
     } else {
@@ -254,7 +253,9 @@ class PrefixFormat final : public VirtualTokensFormat {
               own,
               " (heads are those of keys and values)");
         };
-        check("num_layers", prefix->stack().num_layers());
+        if (!config.has("stacks")) { // several may differ
+          check("num_layers", prefix->stack().num_layers());
+        }
         check("num_attention_heads", prefix->stack().num_heads());
       }
     }
@@ -283,9 +284,6 @@ class PrefixFormat final : public VirtualTokensFormat {
     }
     if (!o.leave_out().empty()) {
       config.set("leave_out", o.leave_out());
-    }
-    if (!o.takes_positions()) {
-      config.set("takes_positions", false);
     }
     if (!o.takes_positions().value_or(true)) {
       config.set("takes_positions", false);
