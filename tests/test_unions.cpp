@@ -5,6 +5,8 @@
 #include "test.h"
 
 #include <peft/models/bert.h>
+#include <peft/models/gpt2.h>
+#include <peft/models/llama.h>
 #include <peft/models/t5.h>
 
 #include <fstream>
@@ -283,20 +285,39 @@ TEST_CASE("A head is trained once, whole and without a gate", "[union]") {
   CHECK(count_of(adapter, "classifier.gate") == 0);
 }
 
-TEST_CASE("Two parts cannot name their tensors alike", "[union]") {
+TEST_CASE("Two parts of one method at the same weights", "[union]") {
+  torch::NoGradGuard no_grad;
   auto model = classifier();
-  const auto before = state_of(*model);
   const auto network = peft::describe_network(*model);
   peft::detail::Plan whole;
   whole.method = "TWO";
   peft::detail::join(whole, peft::detail::plan(peft::LoraOptions(2), network));
-  const auto message = error_of([&] {
-    peft::detail::join(
-        whole, peft::detail::plan(peft::LoraOptions(4), network));
-  });
-  CHECK(contains(message, "two parts of one adapter, 'lora' and 'lora_2'"));
-  CHECK(contains(message, "attention.self.query"));
-  CHECK(same_state(before, state_of(*model)));
+  peft::detail::join(
+      whole,
+      peft::detail::plan(peft::Gated(peft::LoraOptions(4)), network),
+      "second");
+  auto adapter = peft::detail::commit(*model, "default", std::move(whole));
+  randomise(adapter);
+  CHECK(count_of(adapter, "second.bert") == 2 * 2 * (4 * 2 * 16 + 16 + 1));
+  const auto y = model->forward(ids(), mask());
+
+  auto apart = classifier();
+  auto one = peft::attach(*apart, peft::LoraOptions(2), "one");
+  auto two = peft::attach(*apart, peft::Gated(peft::LoraOptions(4)), "two");
+  const auto values = adapter.named_parameters();
+  for (auto& item : one.named_parameters()) {
+    item.value().copy_(values[item.key()]);
+  }
+  for (auto& item : two.named_parameters()) {
+    item.value().copy_(values["second." + item.key()]);
+  }
+  CHECK(close(apart->forward(ids(), mask()), y, 1e-5, 1e-6));
+
+  const TemporaryDirectory folder;
+  peft::save(adapter, folder.path().string());
+  auto other = classifier();
+  peft::load(*other, folder.path().string());
+  CHECK(equal_bits(other->forward(ids(), mask()), y));
 }
 
 TEST_CASE("The folder of a union", "[union]") {
@@ -405,4 +426,174 @@ TEST_CASE("A union's folder that does not fit loads nothing", "[union]") {
   changed.write(config);
   CHECK(contains(loads(tensors), "its part 'pfeiffer' is of no method"));
   CHECK(same_state(before, state_of(*other)));
+}
+
+TEST_CASE("LLM-Adapters' placements in LLaMA, by hand", "[llm]") {
+  torch::NoGradGuard no_grad;
+  seed(11);
+  models::LlamaForCausalLM model(models::LlamaOptions()
+                                     .vocab_size(40)
+                                     .hidden_size(16)
+                                     .intermediate_size(24)
+                                     .num_hidden_layers(2)
+                                     .num_attention_heads(4)
+                                     .num_key_value_heads(2));
+  model->to(torch::kDouble);
+  model->eval();
+  const auto modules = model->named_modules();
+  const auto call = [&](const std::string& name, const Tensor& x) {
+    return modules[name]->as<torch::nn::LinearImpl>()->forward(x);
+  };
+  const std::string mlp = "model.layers.0.mlp.";
+  const auto x = torch::randn({2, 5, 16}, torch::kDouble);
+  const auto down_x = torch::randn({2, 5, 24}, torch::kDouble);
+  const auto term = [&](const peft::Adapter& adapter,
+                        const std::string& name,
+                        const Tensor& input) {
+    const auto values = adapter.named_parameters();
+    const auto& down = values[name + ".adapter_down.weight"];
+    const auto& up = values[name + ".adapter_up.weight"];
+    return torch::tanh(input.matmul(down.t())).matmul(up.t()) * 1.5;
+  };
+  const auto base_gate = call(mlp + "gate_proj", x);
+  const auto base_down = call(mlp + "down_proj", down_x);
+  const auto base_query = call("model.layers.1.self_attn.q_proj", x);
+  const auto options = [](bool parallel, bool p) {
+    return peft::LlmAdaptersOptions().bottleneck(
+        peft::LinearBottleneckOptions(3)
+            .scaling(1.5)
+            .use_parallel_adapter(parallel)
+            .use_adapterp(p));
+  };
+  {
+    auto adapter = peft::attach(*model, options(false, false));
+    randomise(adapter);
+    CHECK(adapter.sites().size() == 2 * 3);
+    CHECK(adapter.num_parameters() == 2 * 3 * (2 * 16 + 2 * 16 + 2 * 16));
+    const auto& gate =
+        modules[mlp + "gate_proj"]->as<torch::nn::LinearImpl>()->weight;
+    CHECK(close(
+        call(mlp + "gate_proj", x),
+        base_gate +
+            term(adapter, mlp + "gate_proj", x).matmul(peft::base(gate).t()),
+        1e-12,
+        1e-12));
+    CHECK(close(
+        call(mlp + "down_proj", down_x),
+        base_down + term(adapter, mlp + "down_proj", base_down),
+        1e-12,
+        1e-12));
+    CHECK(equal_bits(call("model.layers.1.self_attn.q_proj", x), base_query));
+    adapter.detach();
+  }
+  {
+    auto adapter = peft::attach(*model, options(false, true));
+    CHECK(adapter.sites().size() == 2);
+    CHECK(adapter.num_parameters() == 2 * 3 * 2 * 16);
+    CHECK(equal_bits(call(mlp + "gate_proj", x), base_gate));
+    adapter.detach();
+  }
+  {
+    auto adapter = peft::attach(*model, options(true, false));
+    randomise(adapter);
+    CHECK(adapter.sites().size() == 2 * 3);
+    // Keys and values have half as many heads.
+    CHECK(adapter.num_parameters() == 2 * 3 * (32 + 24 + 24));
+    CHECK(close(
+        call("model.layers.1.self_attn.q_proj", x),
+        base_query + term(adapter, "model.layers.1.self_attn.q_proj", x),
+        1e-12,
+        1e-12));
+    CHECK(equal_bits(call(mlp + "gate_proj", x), base_gate));
+    CHECK(contains(
+        error_of([&] { adapter.merge(); }), "the non-linearity in its"));
+    adapter.detach();
+  }
+  CHECK(contains(
+      error_of([&] { peft::attach(*model, peft::LlmAdaptersOptions()); }),
+      "LlmAdaptersOptions names no adapter"));
+  CHECK(contains(
+      error_of([&] { peft::attach(*model, options(true, true)); }),
+      "are two placements"));
+  CHECK(contains(
+      error_of([&] {
+        peft::attach(
+            *model, peft::LinearBottleneckOptions(3).init_weights("zero"));
+      }),
+      "init_weights must be 'bert' or 'mam_adapter', got 'zero'"));
+}
+
+TEST_CASE("LLM-Adapters on LLaMA-7B, numbers of parameters", "[llm]") {
+  const MetaDevice meta;
+  const auto count = [&](const peft::LlmAdaptersOptions& options) {
+    models::LlamaModel model(models::LlamaOptions()
+                                 .vocab_size(32000)
+                                 .hidden_size(4096)
+                                 .intermediate_size(11008)
+                                 .num_hidden_layers(32)
+                                 .num_attention_heads(32)
+                                 .num_key_value_heads(32));
+    return peft::attach(*model, options).num_parameters();
+  };
+  // The paper's code reports 200M, 66M and 200M.
+  CHECK(
+      count(peft::LlmAdaptersOptions::adapter_h()) ==
+      int64_t{32} * 3 * 2 * 4096 * 256);
+  CHECK(
+      count(peft::LlmAdaptersOptions::adapter_p()) ==
+      int64_t{32} * 2 * 4096 * 256);
+  CHECK(
+      count(peft::LlmAdaptersOptions::parallel()) ==
+      int64_t{32} * 3 * 2 * 4096 * 256);
+  CHECK(
+      count(peft::LlmAdaptersOptions().lora(
+          peft::LoraOptions(8).alpha(16).targets({"q_proj", "v_proj"}))) ==
+      int64_t{32} * 2 * 2 * 4096 * 8);
+}
+
+TEST_CASE("LLM-Adapters with packed and transposed weights", "[llm]") {
+  torch::NoGradGuard no_grad;
+  seed(11);
+  models::Gpt2ForCausalLM model(models::Gpt2Options()
+                                    .vocab_size(40)
+                                    .n_positions(32)
+                                    .n_embd(16)
+                                    .n_layer(2)
+                                    .n_head(2));
+  model->eval();
+  const auto x = torch::randn({2, 5, 16});
+  auto* packed = model->named_modules()["transformer.h.1.attn.c_attn"]
+                     ->as<models::Conv1DImpl>();
+  REQUIRE(packed != nullptr);
+  const auto base = packed->forward(x);
+  auto adapter = peft::attach(
+      *model,
+      peft::LlmAdaptersOptions()
+          .bottleneck(peft::LinearBottleneckOptions(3)
+                          .use_parallel_adapter(true)
+                          .learned_scaling(true)
+                          .non_linearity("relu"))
+          .prefix(peft::PrefixOptions(2)));
+  randomise(adapter);
+  const auto values = adapter.named_parameters();
+  const std::string name = "transformer.h.1.attn.c_attn.";
+  CHECK(close(
+      packed->forward(x),
+      base +
+          torch::relu(x.matmul(values[name + "adapter_down.weight"].t()))
+                  .matmul(values[name + "adapter_up.weight"].t()) *
+              values[name + "adapter_scaling"],
+      1e-5,
+      1e-6));
+  const auto y = model->forward(ids());
+  const TemporaryDirectory folder;
+  peft::save(adapter, folder.path().string());
+  const auto section = peft::AdapterConfig::read(
+                           (folder.path() / "adapter_config.json").string())
+                           .section("bottleneck");
+  CHECK(section.peft_type() == "BOTTLENECK");
+  CHECK(section.get<std::string>("scaling") == "learned");
+  adapter.detach();
+  peft::load(*model, folder.path().string());
+  CHECK(equal_bits(model->forward(ids()), y));
 }

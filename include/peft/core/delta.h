@@ -364,10 +364,15 @@ class Delta : public torch::nn::Module {
   Decoration::NamedTensors with_decorations(
       Decoration::NamedTensors result,
       Decoration::NamedTensors (Decoration::*list)() const) const {
+    // A layer's weight and its bias have one prefix in a file.
+    const std::string own = !decorations_.empty() && replaces_base()
+        ? file_tensors().front().first + "."
+        : "";
     for (size_t i = 0; i < decorations_.size(); ++i) {
       for (auto& item : (*decorations_[i].*list)()) {
         result.emplace_back(
-            decoration_keys_[i] + "." + item.first, std::move(item.second));
+            own + decoration_keys_[i] + "." + item.first,
+            std::move(item.second));
       }
     }
     return result;

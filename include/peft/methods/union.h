@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <any>
 #include <cctype>
+#include <map>
 #include <set>
 #include <string>
 #include <utility>
@@ -68,7 +69,9 @@ inline std::set<std::string> file_names_of(const PlannedSite& site) {
 
 /// Adds the sites of `part` to `whole`, whose `options` it makes UnionParts. A
 /// parameter that both train whole (a head in both's modules_to_save) is
-/// trained once. `key` names the part in files, by default its method.
+/// trained once. `key` names the part in files, by default its method; where
+/// two parts would name a site's tensors alike, the later one's have it in
+/// front.
 ///
 ///     Plan whole;
 ///     whole.method = "MAM";
@@ -80,32 +83,33 @@ inline void join(Plan& whole, Plan&& part, const std::string& key = "") {
   }
   auto& parts = std::any_cast<UnionParts&>(whole.options).parts;
   const std::string name = part_key(parts, key.empty() ? part.method : key);
+  std::map<std::string, std::set<const PlannedSite*>> taken;
+  const auto before = std::move(whole.sites);
+  for (const auto& site : before) {
+    for (const auto& file_name : file_names_of(site)) {
+      taken[file_name].insert(&site);
+    }
+  }
+  whole.sites = before;
   for (auto& site : part.sites) {
     site.part = site.part.empty() ? name : name + "." + site.part;
-    const auto names = file_names_of(site);
-    const auto same = std::find_if(
-        whole.sites.begin(), whole.sites.end(), [&](const PlannedSite& other) {
-          const auto theirs = file_names_of(other);
-          return std::any_of(names.begin(), names.end(), [&](const auto& n) {
-            return theirs.count(n) != 0;
-          });
-        });
-    if (same == whole.sites.end()) {
-      whole.sites.push_back(std::move(site));
+    bool is_twice = false, is_named_alike = false;
+    for (const auto& file_name : file_names_of(site)) {
+      for (const PlannedSite* other : taken[file_name]) {
+        is_named_alike = true;
+        is_twice = is_twice ||
+            (other->parameter == site.parameter &&
+             other->delta->replaces_base() && site.delta->replaces_base());
+      }
+    }
+    if (is_twice) {
       continue;
     }
-    TORCH_CHECK_VALUE(
-        same->parameter == site.parameter && same->delta->replaces_base() &&
-            site.delta->replaces_base(),
-        "peft: two parts of one adapter, '",
-        same->part,
-        "' and '",
-        site.part,
-        "', both name their tensors '",
-        *names.begin(),
-        "'; let one of them leave '",
-        site.name,
-        "' out, or attach it as an adapter of its own");
+    if (is_named_alike) {
+      site.file_prefix =
+          site.file_prefix.empty() ? name : name + "." + site.file_prefix;
+    }
+    whole.sites.push_back(std::move(site));
   }
   parts.push_back({name, part.method, std::move(part.options)});
 }
