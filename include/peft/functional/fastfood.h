@@ -44,18 +44,70 @@ inline int64_t next_power_of_two(int64_t n) {
 
 namespace detail {
 
-/// The stages of the transform from neighbours `first` apart on, in place.
+// Several stages in one pass read and write a number once for all of them; the
+// sums are the same, in the same order.
+
+/// The stages of neighbours 1, 2 and 4 apart, on the way from `in` to `out`.
 template <class T>
-PEFT_ALWAYS_INLINE void butterflies(T* data, int64_t n, int64_t first) {
-  for (int64_t h = first; h < n; h *= 2) {
+PEFT_ALWAYS_INLINE void
+three_stages(const T* __restrict in, T* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    T v[8], w[8];
+    PEFT_UNROLL
+    for (int k = 0; k < 8; k += 2) {
+      v[k] = in[i + k] + in[i + k + 1];
+      v[k + 1] = in[i + k] - in[i + k + 1];
+    }
+    PEFT_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      w[k] = (k & 2) == 0 ? v[k] + v[k + 2] : v[k - 2] - v[k];
+    }
+    PEFT_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      out[i + k] = w[k] + w[k + 4];
+      out[i + k + 4] = w[k] - w[k + 4];
+    }
+  }
+}
+
+template <class T>
+PEFT_ALWAYS_INLINE void one_stage(T* __restrict p, T* __restrict q, int64_t h) {
+  for (int64_t j = 0; j < h; ++j) {
+    const T a = p[j], b = q[j];
+    p[j] = a + b;
+    q[j] = a - b;
+  }
+}
+
+template <class T>
+PEFT_ALWAYS_INLINE void two_stages(
+    T* __restrict p,
+    T* __restrict q,
+    T* __restrict r,
+    T* __restrict s,
+    int64_t h) {
+  for (int64_t j = 0; j < h; ++j) {
+    const T a = p[j] + q[j], b = p[j] - q[j];
+    const T c = r[j] + s[j], d = r[j] - s[j];
+    p[j] = a + c;
+    q[j] = b + d;
+    r[j] = a - c;
+    s[j] = b - d;
+  }
+}
+
+/// The stages of neighbours `h` apart and more, in place.
+template <class T>
+PEFT_ALWAYS_INLINE void later_stages(T* data, int64_t n, int64_t h) {
+  for (; 2 * h < n; h *= 4) {
+    for (int64_t i = 0; i < n; i += 4 * h) {
+      T* p = data + i;
+      two_stages(p, p + h, p + 2 * h, p + 3 * h, h);
+    }
+  }
+  if (h < n) {
     for (int64_t i = 0; i < n; i += 2 * h) {
-      T* low = data + i;
-      T* high = low + h;
-      for (int64_t j = 0; j < h; ++j) {
-        const T a = low[j], b = high[j];
-        low[j] = a + b;
-        high[j] = a - b;
-      }
+      one_stage(data + i, data + i + h, h);
     }
   }
 }
@@ -71,9 +123,15 @@ struct HadamardBlocks {
   template <int kLanes>
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     for (int64_t block = begin; block < end; ++block) {
+      const T* from = in + block * size;
       T* to = out + block * size;
-      std::copy(in + block * size, in + (block + 1) * size, to);
-      butterflies(to, size, 1);
+      if (size < 8) {
+        std::copy(from, from + size, to);
+        later_stages(to, size, 1);
+      } else {
+        three_stages(from, to, size);
+        later_stages(to, size, 8);
+      }
     }
   }
 };
@@ -81,7 +139,7 @@ struct HadamardBlocks {
 /// The later stages: down the columns of `data` [rows, width], strip by strip.
 template <class T>
 struct HadamardColumns {
-  static constexpr int64_t kStrip = 16;
+  static constexpr int64_t kStrip = 64;
 
   T* data;
   int64_t rows, width;
@@ -90,20 +148,15 @@ struct HadamardColumns {
   PEFT_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     // In the matrix a column's numbers would fight for the same cache lines.
     std::vector<T> strip(rows * kStrip);
+    T* const all = strip.data();
     for (int64_t s = begin; s < end; ++s) {
       T* first = data + s * kStrip;
       for (int64_t i = 0; i < rows; ++i) {
-        std::copy(
-            first + i * width,
-            first + i * width + kStrip,
-            strip.data() + i * kStrip);
+        std::copy_n(first + i * width, kStrip, all + i * kStrip);
       }
-      butterflies(strip.data(), rows * kStrip, kStrip);
+      later_stages(all, rows * kStrip, kStrip);
       for (int64_t i = 0; i < rows; ++i) {
-        std::copy(
-            strip.data() + i * kStrip,
-            strip.data() + (i + 1) * kStrip,
-            first + i * width);
+        std::copy_n(all + i * kStrip, kStrip, first + i * width);
       }
     }
   }
