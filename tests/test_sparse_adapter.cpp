@@ -3,6 +3,7 @@
 #include "test.h"
 
 #include <peft/io/pretrained.h>
+#include <peft/methods/mam.h>
 #include <peft/methods/masked.h>
 #include <peft/methods/sparse_adapter.h>
 
@@ -606,7 +607,10 @@ TEST_CASE("Files: zeros for all, masks for training", "[sparse_adapter]") {
       peft::LoraOptions(4).init("random"),
       peft::HoulsbyOptions(4),
       peft::PfeifferOptions(4),
-      peft::ParallelAdapterOptions(4)};
+      peft::ParallelAdapterOptions(4),
+      peft::MamOptions()
+          .prefix(peft::PrefixOptions(2))
+          .adapter(peft::ParallelAdapterOptions(4))};
   for (const auto& options : inner) {
     auto model = bert();
     auto adapter =
