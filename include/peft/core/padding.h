@@ -5,7 +5,9 @@
 //
 //   const peft::PaddingScope padding(attention_mask);  // [batch, tokens]
 //
-// The networks in models/ do so themselves.
+// The networks in models/ do so themselves, for their layers. What comes behind
+// those (a language model's head) is outside; a scope around the whole call
+// covers it.
 
 #include <peft/core/active.h>
 
