@@ -20,6 +20,7 @@ struct ProbeResult {
   ProbeSettings chosen{};
   double validation_accuracy =
       0; ///< of the chosen settings, on a fifth of the training set
+  torch::nn::Linear head{nullptr};
   torch::Tensor logits; ///< on the test set
   TrainResult training; ///< of the final fit
 };
@@ -128,10 +129,11 @@ inline ProbeResult tuned_probe(
     progress.update(
         ++tried, fmt::format("best {:.3f}", result.validation_accuracy));
   }
-  auto head = fit_probe(
+  result.head = fit_probe(
       features, labels, num_labels, result.chosen, seed, result.training);
   torch::NoGradGuard no_grad;
-  result.logits = head->forward(predict(network, data.test, padding, true));
+  result.logits =
+      result.head->forward(predict(network, data.test, padding, true));
   result.training.peak_mib = peak_memory_mib();
   return result;
 }

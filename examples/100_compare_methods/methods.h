@@ -7,8 +7,6 @@
 
 #include "../010_gloss_categories/task.h"
 
-#include <peft/methods/intrinsic.h>
-#include <peft/methods/krona.h>
 #include <peft/peft.h>
 
 #include <functional>
@@ -24,10 +22,14 @@ struct Setting {
   const Task& task; ///< its texts are those that are trained on
   uint64_t seed = 1;
   int64_t budget = 0; ///< trainable parameters beside the head
-  int64_t samples = 64; ///< texts to choose entries or structures by
-  /// Trains an adapter for as long as every method trains, at this rate; for
+  int64_t samples = 64; ///< texts to choose entries by
+  int64_t trials = 4; ///< configurations that a search tries
+  int64_t steps = 24; ///< of a search by gradients
+  /// Trains an adapter on these texts, as long as every method trains, for
   /// methods that do so before they begin.
-  std::function<void(Network&, const peft::Adapter&, double)> train;
+  std::function<
+      void(Network&, const peft::Adapter&, double rate, const Examples&)>
+      train = nullptr;
 };
 
 struct Method {
@@ -38,11 +40,11 @@ struct Method {
   std::function<peft::Adapter(Network&, const Setting&)> attach;
 };
 
-/// The head trains beside every adapter, at this rate, as in examples/090.
-constexpr double kHeadLearningRate = 4e-3;
-/// Where the network itself trains, and where a few of its entries do.
+/// The head, which starts as the frozen probe's, trains beside every adapter.
+constexpr double kHeadLearningRate = 1e-3;
+/// Where all weights move, and where a few of their entries do.
 constexpr double kFullRate = 2e-4;
-constexpr double kSparseRate = 2e-3;
+constexpr double kSparseRate = 4e-3;
 
 namespace detail {
 
@@ -74,10 +76,10 @@ inline std::vector<int64_t> up_to(int64_t most) {
   return widths;
 }
 
-/// `make(width)` for the one of `widths`, ascending in what they train, that
-/// trains what is nearest to `budget`; the wider of two equally near.
+/// The one of `widths`, ascending in what `make(width)` trains, that trains
+/// what is nearest to `budget`; the wider of two equally near.
 template <class Make>
-auto nearest(
+int64_t nearest_width(
     Network& network,
     int64_t budget,
     const std::vector<int64_t>& widths,
@@ -97,7 +99,7 @@ auto nearest(
     const auto under = budget - trainable_of(network, make(widths[low - 1]));
     low -= under < over ? 1 : 0;
   }
-  return make(widths[low]);
+  return widths[low];
 }
 
 /// The side network's widths are the network's divided by these; a head keeps
@@ -112,6 +114,16 @@ inline std::vector<int64_t> ladder_reductions(const Network& network) {
     }
   }
   return reductions;
+}
+
+/// The mean loss of a few texts.
+inline torch::Tensor
+loss_of(Network& network, const Examples& texts, int64_t padding) {
+  std::vector<size_t> rows(texts.size());
+  std::iota(rows.begin(), rows.end(), size_t{0});
+  const auto batch = make_batch(texts, rows, padding);
+  return torch::nn::functional::cross_entropy(
+      network->forward(batch.ids, batch.mask), batch.labels);
 }
 
 /// The Fisher information on `samples` texts of the task, with a progress bar.
@@ -129,11 +141,8 @@ inline peft::Scores fisher_of(
   });
   const std::function<torch::Tensor(int64_t, int64_t)> loss = [&](int64_t begin,
                                                                   int64_t end) {
-    std::vector<size_t> rows(static_cast<size_t>(end - begin));
-    std::iota(rows.begin(), rows.end(), static_cast<size_t>(begin));
-    const auto batch = make_batch(texts, rows, setting.task.padding);
-    return torch::nn::functional::cross_entropy(
-        network->forward(batch.ids, batch.mask), batch.labels);
+    const Examples some(texts.begin() + begin, texts.begin() + end);
+    return loss_of(network, some, setting.task.padding);
   };
   return peft::estimate_fisher(*network, loss, options).scores;
 }
@@ -163,14 +172,146 @@ inline peft::Adapter attach_child_d(Network& network, const Setting& setting) {
 /// allows, those that moved most, train again from the start.
 inline peft::Adapter attach_lottery_ticket(
     Network& network,
-    const Setting& setting,
-    double learning_rate) {
+    const Setting& setting) {
   auto full = attach_with_head(
       network, peft::FullTuningOptions().exclude({"LayerNorm"}));
-  setting.train(network, full, learning_rate);
+  setting.train(network, full, kFullRate, setting.task.data.train);
   const auto mask = peft::lottery_ticket(full, setting.budget);
   full.detach();
   return attach_with_head(network, peft::SparseTuningOptions(mask));
+}
+
+/// SparseAdapter, large-sparse: an adapter of four times the width, of whose
+/// weights a quarter stays.
+inline peft::SparseAdapterOptions sparse_adapter(
+    int64_t width,
+    const std::string& score,
+    const std::vector<std::string>& heads) {
+  return peft::SparseAdapterOptions(
+             peft::PfeifferOptions(4 * width).modules_to_save(heads))
+      .prune(peft::PruneOptions(score, 0.25));
+}
+
+/// The quarter by SNIP, on one batch.
+inline peft::Adapter
+attach_sparse_adapter(Network& network, const Setting& setting, int64_t width) {
+  const auto options = sparse_adapter(width, "snip", {"classifier"});
+  auto adapter = peft::attach(*network, options);
+  const auto& texts = setting.task.data.train;
+  const Examples some(
+      texts.begin(),
+      texts.begin() +
+          std::min<int64_t>(32, static_cast<int64_t>(texts.size())));
+  peft::prune(adapter, options.prune(), {[&] {
+                return loss_of(network, some, setting.task.padding);
+              }});
+  return adapter;
+}
+
+/// The methods that S3Delta chooses among; the first has the heads.
+inline std::vector<peft::AnyOptions> candidates(
+    const std::vector<std::string>& heads) {
+  using namespace peft;
+  const std::vector<std::string> layers{
+      "query", "key", "value", "intermediate.dense", "output.dense"};
+  return {
+      LoraOptions(4).alpha(8).targets(layers).modules_to_save(heads),
+      BitFitOptions(
+          {"query",
+           "key",
+           "value",
+           "attention_output",
+           "intermediate",
+           "output"}),
+      LayerNormOptions()};
+}
+
+/// S3Delta: the structure is searched on a copy of the network, whose head
+/// stays, and put on the network as new.
+inline peft::Adapter attach_s3_delta(Network& network, const Setting& setting) {
+  const auto& texts = setting.task.data.train;
+  const auto half = static_cast<std::ptrdiff_t>(texts.size() / 2);
+  const Examples first(texts.begin(), texts.begin() + half);
+  const Examples second(texts.begin() + half, texts.end());
+  auto copy = peft::clone(network);
+  const auto searched = peft::attach(
+      *copy, peft::S3DeltaOptions(setting.budget).candidates(candidates({})));
+  peft::StructureSearch search(
+      searched,
+      peft::StructureSearchOptions().order(1).lr(4e-3).seed(setting.seed));
+  Progress bar("structure search", setting.steps);
+  for (int64_t step = 0; step < setting.steps && !interrupted(); ++step) {
+    const auto loss = [&](const Examples& part) {
+      constexpr size_t kBatch = 16;
+      Examples batch;
+      for (size_t i = 0; i < kBatch; ++i) {
+        const auto row = static_cast<size_t>(step) * kBatch + i;
+        batch.push_back(part[row % part.size()]);
+      }
+      return loss_of(copy, batch, setting.task.padding);
+    };
+    const auto progress =
+        search.step([&] { return loss(first); }, [&] { return loss(second); });
+    bar.update(step + 1, fmt::format("loss {:.3f}", progress.train_loss));
+  }
+
+  const auto with_head = candidates({"classifier"});
+  auto modules = search.structure().modules();
+  for (const auto& module : peft::candidates(
+           *network,
+           peft::S3DeltaOptions(setting.budget).candidates(with_head))) {
+    if (module.name.find("classifier") != std::string::npos) {
+      modules.push_back(module.name);
+    }
+  }
+  return peft::attach(
+      *network,
+      peft::S3DeltaStructure().candidates(with_head).modules(modules));
+}
+
+/// AutoPEFT: random configurations that use most of the budget, each trained on
+/// a quarter of the texts; the one that is best on other texts.
+inline peft::Adapter
+attach_auto_peft(Network& network, const Setting& setting, double rate) {
+  const peft::AutoPeftSpace choices(
+      peft::describe_network(*network),
+      peft::AutoPeftOptions().modules_to_save({"classifier"}));
+  const auto limit = setting.budget + count(network->classifier->parameters());
+  const auto& texts = setting.task.data.train;
+  const auto quarter = static_cast<std::ptrdiff_t>(texts.size() / 4);
+  const Examples some(texts.begin(), texts.begin() + quarter);
+  const Examples others(texts.end() - quarter, texts.end());
+  const auto parameters = [&](const peft::Configuration& configuration) {
+    return choices.num_parameters(configuration);
+  };
+  auto space = choices.space();
+  space.where([&](const peft::Configuration& configuration) {
+    return parameters(configuration) > limit - setting.budget / 4;
+  });
+  const auto result = peft::search(
+      space,
+      [&](const peft::Configuration& configuration, int64_t) {
+        auto copy = peft::clone(network);
+        const auto adapter = peft::attach(*copy, choices.decode(configuration));
+        setting.train(copy, adapter, rate, some);
+        if (interrupted()) {
+          throw peft::StopSearch();
+        }
+        return peft::Outcome(
+            accuracy(
+                predict(copy, others, setting.task.padding), labels_of(others)),
+            parameters(configuration));
+      },
+      peft::SearchBudget(setting.trials)
+          .seed(setting.seed)
+          .count_parameters(parameters)
+          .max_parameters(limit)
+          .keep_going(false));
+  if (result.trials.empty()) { // stopped: what is attached will not be trained
+    return peft::attach(
+        *network, peft::AutoPeftOptions().serial(peft::PfeifferOptions(1)));
+  }
+  return peft::attach(*network, choices.decode(result.best().configuration));
 }
 
 } // namespace detail
@@ -184,14 +325,16 @@ inline int64_t budget_of(Network& network) {
 /// Every method of the library, each as wide as comes nearest to the budget,
 /// where it has a width. `network` is tried on and comes back as it was.
 ///
-/// Learning rates: LoRA to the ladder, and BitFit, are those that examples/010
-/// and 090 found on validation texts; the others are a relative's.
+/// Learning rates: those of the additive methods, of LoRA and of BitFit are
+/// what examples/010 and 090 found on validation texts; the others are a
+/// relative's, and those of sparse masks a guess between BitFit's and that of
+/// full fine-tuning. `--tune` tries the neighbours of each.
 inline std::vector<Method>
 methods(Network& network, int64_t budget, int64_t tokens) {
   using namespace peft;
   using detail::with;
   const auto near = [&](const std::vector<int64_t>& widths, auto&& make) {
-    return with(detail::nearest(network, budget, widths, make));
+    return with(make(detail::nearest_width(network, budget, widths, make)));
   };
   const auto& sizes = network->bert->options;
   const auto widths = detail::up_to(sizes.hidden_size());
@@ -324,9 +467,7 @@ methods(Network& network, int64_t budget, int64_t tokens) {
        "LT-SFT",
        "partial",
        kSparseRate,
-       [](gloss::Network& host, const Setting& setting) {
-         return detail::attach_lottery_ticket(host, setting, kFullRate);
-       }});
+       detail::attach_lottery_ticket});
 
   // ~~~~ reparameterised ~~~~
 
@@ -347,7 +488,7 @@ methods(Network& network, int64_t budget, int64_t tokens) {
       {"intrinsic",
        "intrinsic dimension",
        "reparameterised",
-       kSparseRate,
+       kFullRate,
        with(IntrinsicOptions(budget).said(true))});
   all.push_back(
       {"krona",
@@ -374,6 +515,42 @@ methods(Network& network, int64_t budget, int64_t tokens) {
              .prefix(PrefixOptions(few))
              .adapter(PfeifferOptions(r));
        })});
+
+  all.push_back(
+      {"llm_adapters",
+       "LLM-Adapters, parallel",
+       "hybrid",
+       4e-3,
+       near(widths, [](int64_t r) {
+         return LlmAdaptersOptions().bottleneck(
+             LinearBottleneckOptions(r).use_parallel_adapter(true).targets(
+                 {"query", "key", "value"}));
+       })});
+
+  // ~~~~ unified ~~~~
+
+  const auto sparse = detail::nearest_width(
+      network, budget, detail::up_to(sizes.hidden_size() / 4), [](int64_t r) {
+        return detail::sparse_adapter(r, "rand", {});
+      });
+  all.push_back(
+      {"sparse_adapter",
+       "SparseAdapter",
+       "unified",
+       4e-3,
+       [sparse](gloss::Network& host, const Setting& setting) {
+         return detail::attach_sparse_adapter(host, setting, sparse);
+       }});
+  all.push_back(
+      {"s3_delta", "S3Delta", "unified", 4e-3, detail::attach_s3_delta});
+  all.push_back(
+      {"auto_peft",
+       "AutoPEFT",
+       "unified",
+       4e-3,
+       [](gloss::Network& host, const Setting& setting) {
+         return detail::attach_auto_peft(host, setting, 4e-3);
+       }});
 
   // ~~~~ all of the network ~~~~
 

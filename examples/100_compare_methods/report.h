@@ -510,7 +510,9 @@ i.line{background:var(--soft);opacity:.45;border-radius:1px;height:5px;width:22p
       "<section class='charts'><div class='card'><h2>Accuracy and trainable "
       "parameters</h2>" +
       detail::accuracy_chart(page) + detail::legend() +
-      "</div>\n<div class='card'><h2>The same, by name</h2>" +
+      "<div class='legend'>Numbers are those of the list. Discs that would "
+      "cover each other are moved sideways.</div></div>\n<div "
+      "class='card'><h2>The same, by name</h2>" +
       detail::ranking_chart(page) +
       "<div class='legend'>On the right: trainable parameters. Bars: one "
       "standard error over seeds.</div></div></section>\n";
