@@ -4,6 +4,7 @@
 #include <peft/methods/child_tuning.h>
 #include <peft/methods/fish.h>
 #include <peft/models/bert.h>
+#include <peft/models/gpt2.h>
 
 #include <algorithm>
 #include <cmath>
@@ -233,6 +234,26 @@ TEST_CASE("A random FISH mask has the same budget and its own seed") {
   }
   CHECK(masks[0] == masks[1]);
   CHECK(masks[0] != masks[2]);
+}
+
+TEST_CASE("A head that is tied to an embedding counts once, as the head") {
+  models::Gpt2ForCausalLM model(models::Gpt2Options()
+                                    .vocab_size(11)
+                                    .n_positions(8)
+                                    .n_embd(4)
+                                    .n_layer(1)
+                                    .n_head(2));
+  const auto total = peft::count_parameters(*model).total;
+  auto fish = peft::attach(
+      *model,
+      peft::FishOptions(0.5).selection("random").modules_to_save({"lm_head"}));
+  CHECK(
+      fish.num_parameters() ==
+      static_cast<int64_t>(0.5 * static_cast<double>(total)));
+  fish.detach();
+  auto child = peft::attach(
+      *model, peft::ChildTuningOptions(0.5).modules_to_save({"lm_head"}));
+  CHECK(child.num_parameters() == total);
 }
 
 TEST_CASE("FISH mask refuses what would train nothing, or not what it says") {

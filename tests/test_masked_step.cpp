@@ -152,6 +152,22 @@ TEST_CASE("Packed, the steps are the same and the state has size k") {
   }
 }
 
+TEST_CASE("FISH mask's optimizer holds two numbers an entry, in bytes") {
+  for (const bool hard : {true, false}) {
+    Net net;
+    auto adapter = peft::attach(
+        *net,
+        peft::FishOptions()
+            .mask(some_mask())
+            .semantics(hard ? "hard" : "reference"));
+    torch::optim::AdamW optimizer(adapter.parameters(), 0.1);
+    net->forward(inputs(0)).square().sum().backward();
+    const accounting::Memory memory;
+    optimizer.step();
+    CHECK(memory.held() == 2 * 8 * (hard ? 3 : 12 + 4 + 8 + 2));
+  }
+}
+
 TEST_CASE("Clipping before the mask gives .6, after it 1") {
   struct OneImpl : torch::nn::Module {
     OneImpl() {
@@ -304,6 +320,10 @@ TEST_CASE("A step that masks cannot be taken wrongly") {
   masked.mask_gradients();
   CHECK(contains(
       error_of([&] { masked.mask_gradients(); }), "called twice without"));
+
+  CHECK(contains(
+      error_of([] { peft::MaskedStep empty{peft::Adapter()}; }),
+      "handle is empty"));
 
   Net another;
   auto driven = peft::attach(*another, task_driven());

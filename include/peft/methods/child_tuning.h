@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -167,7 +168,7 @@ inline Plan plan(const ChildTuningOptions& options, const Network& network) {
   const bool fixed = options.mode() == "D";
   std::vector<Candidate> masked, whole;
   for (const auto& candidate : all_candidates(network)) {
-    if (is_inside(candidate.layer->name, options.modules_to_save()) ||
+    if (is_saved_whole(candidate, options.modules_to_save(), network) ||
         !is_meant(options.targets(), candidate)) {
       continue;
     }

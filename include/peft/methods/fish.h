@@ -107,6 +107,25 @@ inline bool is_meant(const Targets& targets, const Candidate& candidate) {
       targets.matches(candidate.path(), *candidate.layer);
 }
 
+/// Whether modules_to_save trains it, under whichever of its names.
+inline bool is_saved_whole(
+    const Candidate& candidate,
+    const std::vector<std::string>& modules_to_save,
+    const Network& network) {
+  for (const auto& layer : network) {
+    if (is_inside(layer.name, modules_to_save) &&
+        std::any_of(
+            layer.parameters.begin(),
+            layer.parameters.end(),
+            [&](const auto& p) {
+              return is_tied(p.second, candidate.tensor);
+            })) {
+      return true;
+    }
+  }
+  return false;
+}
+
 /// The scores of `candidates`, in the network's order; a candidate without one
 /// is an error where `each` is to have some. A score of no parameter is an
 /// error.
@@ -238,7 +257,7 @@ inline Plan plan(const FishOptions& options, const Network& network) {
   for (const auto& candidate : all_candidates(network)) {
     const int64_t size = candidate.tensor.numel();
     total += size;
-    if (is_inside(candidate.layer->name, options.modules_to_save())) {
+    if (is_saved_whole(candidate, options.modules_to_save(), network)) {
       head += size;
     } else if (is_meant(options.targets(), candidate)) {
       candidates.push_back(candidate);

@@ -5,9 +5,9 @@
 // arXiv:2111.09839) and Child-tuning D (Xu et al. 2021, arXiv:2109.05687)
 // train the entries that have most of it.
 //
-//   label         F = sum_i (d loss_i)^2                   loss of the true
-//   label expectation   F = sum_i sum_c p(c | x_i) (d log p(c | x_i))^2 per
-//   batch     F = sum_b (clip(d mean loss of batch b))^2
+//   label        F = sum_i (d loss_i)^2
+//   expectation  F = sum_i sum_c p(c | x_i) (d log p(c | x_i))^2
+//   per batch    F = sum_b (clip(d mean loss of batch b))^2
 //
 // All are sums: a mean over the samples has the same order of entries, and a
 // mask asks for no more. The first two need the gradient of each sample alone;
@@ -16,8 +16,8 @@
 // Memory: one tensor of each measured parameter, its sum (float32, or float64
 // where the parameter is), and the gradient that is just being measured. Time:
 // a forward and a backward for each sample, or for each sample and class, and a
-// pass over the sums; batches of samples share the first two, but not the
-// products x_i^T dy_i.
+// pass over the sums. Batches of samples share the first two, but not the
+// products x_i^T dy_i, which is worth it for short samples.
 
 #include <peft/core/attach.h>
 #include <peft/methods/sparse_mask.h>
@@ -27,7 +27,6 @@
 #include <torch/arg.h>
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <string>
 #include <utility>

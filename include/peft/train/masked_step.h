@@ -37,6 +37,7 @@ class MaskedStep {
  public:
   explicit MaskedStep(const Adapter& adapter) {
     torch::NoGradGuard no_grad;
+    adapter.name(); // an empty or detached handle is an error
     for (const auto& site : adapter.shared_state()->sites) {
       Trained trained;
       trained.copy = std::dynamic_pointer_cast<MaskedCopy>(site.delta);

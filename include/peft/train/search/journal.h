@@ -8,9 +8,7 @@
 #include <peft/io/json.h>
 #include <peft/train/search/trial.h>
 
-#include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>

@@ -27,7 +27,7 @@ struct PicturePoint {
 /// What stands at a picture's axes, units included.
 struct PictureTitles {
   std::string cost = "number of trainable parameters (log scale)";
-  std::string accuracy = "accuracy (1 = all right)";
+  std::string accuracy = "accuracy (0 to 1)";
 };
 
 namespace detail {
@@ -247,7 +247,7 @@ inline std::vector<std::optional<Box>> place_labels(
     }
     const auto [x, y] = centres[i];
     const double w = text_width(labels[i]);
-    for (const double gap : {8.0, 14.0, 22.0}) {
+    for (const double gap : {8.0, 14.0}) {
       const double above = y - gap - kHeight, below = y + gap;
       const double lefts[] = {x - w / 2, x - w - gap, x + gap};
       std::vector<std::pair<double, double>> corners;

@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -123,7 +124,7 @@ inline std::string pareto_html(
       "<h1>{0}</h1>\n<p>{3}. A filled point is in the Pareto front: nothing "
       "here is as accurate for less, or more accurate for as much.</p>\n"
       "<div class=\"card\">\n{4}</div>\n"
-      "<table><thead><tr><th>Trial</th><th>{5}</th><th>Accuracy</th>"
+      "<table><thead><tr><th>Trial</th><th>Cost: {5}</th><th>Accuracy</th>"
       "<th>Resource</th><th>Configuration</th></tr></thead><tbody>\n{6}"
       "</tbody></table>\n</body></html>\n",
       escape_xml(title),

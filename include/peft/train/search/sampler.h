@@ -5,6 +5,7 @@
 
 #include <peft/train/search/space.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
