@@ -235,6 +235,32 @@ std::vector<Method> every_method() {
       false,
       false);
   add(method(
+          "LLM-Adapters, series",
+          peft::LlmAdaptersOptions().bottleneck(
+              peft::LinearBottleneckOptions(4)),
+          all),
+      false,
+      false);
+  add(method(
+          "LLM-Adapters, parallel",
+          peft::LlmAdaptersOptions()
+              .bottleneck(
+                  peft::LinearBottleneckOptions(4).use_parallel_adapter(true))
+              .lora(peft::LoraOptions(2).alpha(4)),
+          all),
+      false,
+      false);
+  add(method(
+          "AutoPEFT",
+          peft::AutoPeftOptions()
+              .serial(peft::PfeifferOptions(4))
+              .parallel(peft::ParallelAdapterOptions(3))
+              .prefix(peft::PrefixOptions(3))
+              .leave_out({0}),
+          all),
+      false,
+      false);
+  add(method(
           "UniPELT",
           peft::UniPeltOptions()
               .lora(peft::LoraOptions(2).alpha(2))
