@@ -36,6 +36,7 @@ struct Arguments {
   bool quick = false;
   bool full = false;
   bool tune = false;
+  bool fresh = false;
   std::string command; ///< as it was typed, without folders
 };
 
@@ -117,6 +118,9 @@ class Run {
 
   int compare() {
     const std::filesystem::path output(arguments_.output);
+    if (arguments_.fresh) {
+      std::filesystem::remove(output / "results.jsonl");
+    }
     log_.emplace(output / "results.jsonl", settings());
     check_log();
     introduce();
@@ -592,6 +596,8 @@ int main(int argc, char** argv) {
       arguments.quick,
       "a small network and texts made on the spot, two steps a method, to see "
       "that all of it works");
+  app.add_flag(
+      "--fresh", arguments.fresh, "forgets the results that are there already");
   app.add_flag(
       "--tune",
       arguments.tune,
