@@ -11,6 +11,9 @@
 #include <peft/core/attach.h>
 #include <peft/train/fisher/measure.h>
 
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
 #include <algorithm>
 #include <memory>
 #include <string>
