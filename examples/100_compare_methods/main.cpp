@@ -69,7 +69,7 @@ Task choose_task(const Arguments& arguments) {
     test.resize(std::min<size_t>(test.size(), 32));
   } else if (!arguments.full) {
     train.resize(std::min<size_t>(train.size(), 800));
-    test.resize(std::min<size_t>(test.size(), 760));
+    test.resize(std::min<size_t>(test.size(), 600));
   }
   return task;
 }
