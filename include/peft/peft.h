@@ -37,6 +37,13 @@
 #include <peft/methods/ia3.h>
 #include <peft/methods/krona.h>
 #include <peft/methods/intrinsic.h>
+#include <peft/methods/vera.h>
+#include <peft/methods/loha.h>
+#include <peft/methods/lokr.h>
+#include <peft/methods/hra.h>
+#include <peft/methods/oft.h>
+#include <peft/methods/boft.h>
+#include <peft/methods/fourier_ft.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
 #include <peft/methods/parallel_adapter.h>

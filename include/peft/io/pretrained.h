@@ -27,8 +27,9 @@
 #include <peft/io/formats/masked_adapter.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/formats/s3_delta.h>
-#include <peft/io/formats/union.h>
 #include <peft/io/formats/sparse.h>
+#include <peft/io/formats/tuners.h>
+#include <peft/io/formats/union.h>
 #include <peft/io/safetensors.h>
 
 #include <torch/serialize.h>
@@ -235,6 +236,13 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<Ia3Format>(),
       std::make_shared<KronaFormat>(),
       std::make_shared<IntrinsicFormat>(),
+      std::make_shared<LoHaFormat>(),
+      std::make_shared<LoKrFormat>(),
+      std::make_shared<HraFormat>(),
+      std::make_shared<OftFormat>(),
+      std::make_shared<BoftFormat>(),
+      std::make_shared<FourierFtFormat>(),
+      std::make_shared<VeraFormat>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
       std::make_shared<AdapterHubFormat>("PARALLEL_ADAPTER"),

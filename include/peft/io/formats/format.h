@@ -93,6 +93,41 @@ inline Targets targets_field(
                                  : Targets::regex(pattern);
 }
 
+/// HF's layers_to_transform: an index, or a list of them.
+inline std::vector<int64_t> indices_field(
+    const AdapterConfig& config,
+    const std::string& field) {
+  using IndexOrIndices = std::variant<std::vector<int64_t>, int64_t>;
+  if (!config.has(field)) {
+    return {};
+  }
+  const auto value = config.get<IndexOrIndices>(field);
+  return std::holds_alternative<int64_t>(value)
+      ? std::vector<int64_t>{std::get<int64_t>(value)}
+      : std::get<std::vector<int64_t>>(value);
+}
+
+/// A name, or a list of them.
+inline std::vector<std::string> names_field(
+    const AdapterConfig& config,
+    const std::string& field) {
+  if (!config.has(field)) {
+    return {};
+  }
+  const auto value = config.get<NamesOrPattern>(field);
+  return std::holds_alternative<std::string>(value)
+      ? std::vector<std::string>{std::get<std::string>(value)}
+      : std::get<std::vector<std::string>>(value);
+}
+
+/// rank_pattern and its like.
+inline std::vector<std::pair<std::string, double>> pattern_field(
+    const AdapterConfig& config,
+    const std::string& field) {
+  const auto values = config.get<std::map<std::string, double>>(field, {});
+  return {values.begin(), values.end()};
+}
+
 /// Writes `targets` as a field of HF's.
 inline void write_targets(
     AdapterConfig& config,

@@ -110,29 +110,10 @@ class LoraFormat final : public AdapterFormat {
     if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
       o.exclude(targets_field(config, "exclude_modules"));
     }
-    for (auto& [name, value] :
-         config.get<std::map<std::string, double>>("rank_pattern", {})) {
-      o.rank_pattern().emplace_back(name, value);
-    }
-    for (auto& [name, value] :
-         config.get<std::map<std::string, double>>("alpha_pattern", {})) {
-      o.alpha_pattern().emplace_back(name, value);
-    }
-    if (config.has("layers_to_transform")) {
-      using IndexOrIndices = std::variant<std::vector<int64_t>, int64_t>;
-      const auto layers = config.get<IndexOrIndices>("layers_to_transform");
-      o.layers(
-          std::holds_alternative<int64_t>(layers)
-              ? std::vector<int64_t>{std::get<int64_t>(layers)}
-              : std::get<std::vector<int64_t>>(layers));
-    }
-    if (config.has("layers_pattern")) {
-      const auto pattern = config.get<NamesOrPattern>("layers_pattern");
-      o.layers_pattern(
-          std::holds_alternative<std::string>(pattern)
-              ? std::vector<std::string>{std::get<std::string>(pattern)}
-              : std::get<std::vector<std::string>>(pattern));
-    }
+    o.rank_pattern(pattern_field(config, "rank_pattern"));
+    o.alpha_pattern(pattern_field(config, "alpha_pattern"));
+    o.layers(indices_field(config, "layers_to_transform"));
+    o.layers_pattern(names_field(config, "layers_pattern"));
     o.rslora(config.get<bool>("use_rslora", false));
     o.dora(config.get<bool>("use_dora", false));
     o.bias(config.get<std::string>("bias", "none"));

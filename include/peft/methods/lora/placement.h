@@ -4,10 +4,10 @@
 #include <peft/methods/lora/delta.h>
 #include <peft/methods/lora/dora.h>
 #include <peft/methods/modules_to_save.h>
+#include <peft/methods/tuner_targets.h>
 
 #include <algorithm>
 #include <memory>
-#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,88 +16,7 @@ namespace peft {
 
 namespace detail {
 
-/// The names that attention's query and value projections go by in the
-/// architectures of HF, for default targets.
-inline bool is_query_or_value(const Layer& layer) {
-  static const char* const names[] = {
-      "query",
-      "value",
-      "q_proj",
-      "v_proj",
-      "q",
-      "v",
-      "q_lin",
-      "v_lin",
-      "to_q",
-      "to_v",
-      "wq",
-      "wv",
-      "Wq",
-      "Wv",
-      "query_proj",
-      "value_proj",
-      "query_key_value",
-      "c_attn",
-      "qkv",
-      "qkv_proj"};
-  const auto dot = layer.name.rfind('.');
-  const std::string last =
-      dot == std::string::npos ? layer.name : layer.name.substr(dot + 1);
-  for (const char* name : names) {
-    if (last == name) {
-      return layer.parameter("weight").defined();
-    }
-  }
-  return false;
-}
-
-/// HF's layers_to_transform: the first number after a dotted name is the index.
-inline bool in_chosen_layers(
-    const LoraOptions& options,
-    const std::string& name) {
-  if (options.layers().empty()) {
-    return true;
-  }
-  // An entry that is the whole name is meant wherever it stands.
-  for (const auto& target : options.targets().names()) {
-    if (options.targets().kind() == Targets::Kind::list && target == name) {
-      return true;
-    }
-  }
-  std::smatch match;
-  bool found = false;
-  if (options.layers_pattern().empty()) {
-    found = std::regex_search(
-        name,
-        match,
-        std::regex("^.*?\\.[^.]*\\.(\\d+)\\."),
-        std::regex_constants::match_continuous);
-  }
-  for (const auto& pattern : options.layers_pattern()) {
-    found = found ||
-        std::regex_search(
-                name,
-                match,
-                std::regex("^(?:.*?\\.)?" + pattern + "\\.(\\d+)\\."),
-                std::regex_constants::match_continuous);
-    if (found) {
-      break;
-    }
-  }
-  if (!found) {
-    return false;
-  }
-  const int64_t index = std::stoll(match[1].str());
-  for (const auto layer : options.layers()) {
-    if (layer == index) {
-      return true;
-    }
-  }
-  return false;
-}
-
-/// Plans LoRA on one module that a target named. Returns the biases of the
-/// adapted layers for bias = "lora_only".
+/// Plans LoRA on the modules and parameters that the targets name.
 class LoraPlanner {
  public:
   LoraPlanner(const LoraOptions& options, const Network& network)
@@ -133,7 +52,12 @@ class LoraPlanner {
     if (options_.init() != "empty") { // PEFT's files may name more
       check_choices();
     }
-    plan_biases();
+    plan_biases(
+        options_.bias(),
+        network_,
+        adapted_,
+        options_.modules_to_save(),
+        sites_);
     plan_modules_to_save(network_, options_.modules_to_save(), sites_);
     return std::move(sites_);
   }
@@ -151,9 +75,7 @@ class LoraPlanner {
   }
 
   bool wanted(const std::string& name, const Layer& layer) const {
-    return options_.targets().matches(name, layer) &&
-        !options_.exclude().matches(name, layer) &&
-        in_chosen_layers(options_, name);
+    return is_wanted(options_, name, layer);
   }
 
   void plan_default(const Layer& layer) {
@@ -362,34 +284,6 @@ class LoraPlanner {
          bias,
          std::make_shared<LoraBiasDelta>(
              initial.set_requires_grad(true), scale.scaling)});
-  }
-
-  /// bias = "all": every bias of the network; "lora_only": of adapted layers.
-  void plan_biases() {
-    if (options_.bias() == "none") {
-      return;
-    }
-    for (const auto& layer : network_) {
-      const bool adapted =
-          std::find(adapted_.begin(), adapted_.end(), &layer) != adapted_.end();
-      if (options_.bias() == "lora_only" && !adapted) {
-        continue;
-      }
-      if (is_inside(layer.name, options_.modules_to_save())) {
-        continue;
-      }
-      for (const auto& p : layer.parameters) {
-        if (p.first == "bias") { // HF's rule: in_proj_bias stays frozen
-          PlannedSite site = plan_copy(layer, p.first);
-          if (adapted) { // under the name that HF's wrapper gives it
-            site.file_prefix = layer.parent_attention.empty()
-                ? layer.path("base_layer")
-                : layer.parent_attention + ".base_layer.out_proj.base_layer";
-          }
-          sites_.push_back(std::move(site));
-        }
-      }
-    }
   }
 
   /// A pattern, a layer index or a block that meets nothing is a slip.
