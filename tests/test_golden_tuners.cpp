@@ -83,3 +83,80 @@ TEST_CASE("tuners: initial values are HF PEFT's after the same seed") {
     }
   }
 }
+
+TEST_CASE("tuners: adapters are written for HF PEFT to read") {
+  const TemporaryDirectory own;
+  const char* wanted = std::getenv("PEFT_REVERSE_DIR");
+  const fs::path root = wanted != nullptr ? fs::path(wanted) : own.path();
+  if (wanted != nullptr) {
+    fs::remove_all(root);
+  }
+  const auto write = [&](const std::string& name,
+                         const std::string& golden_name,
+                         auto options,
+                         double size = 0.2) {
+    write_for_peft(
+        root / name, Golden(golden_name), options, /*half=*/false, size);
+    REQUIRE(fs::exists(root / name / "adapter/adapter_model.safetensors"));
+  };
+  const peft::Targets layers({"fc1", "fc2"});
+  const peft::Targets convolutions({"conv1", "conv2", "conv3"});
+  const peft::Targets projections({"query", "value"});
+  using namespace peft;
+  write("vera", "mlp", VeraOptions(6).targets(layers));
+  write(
+      "vera_seed",
+      "bert",
+      VeraOptions(4).projection_prng_key(5).save_projection(false).targets(
+          projections));
+  write("vera_gpt2", "dora_gpt2", VeraOptions(4).targets(Targets({"c_fc"})));
+  write("vera_bias", "mlp", VeraOptions(4).bias("vera_only").targets(layers));
+  write("loha", "mlp", LoHaOptions(2).alpha(4).targets(layers));
+  write(
+      "loha_conv2d",
+      "conv2d",
+      LoHaOptions(2).use_effective_conv2d(true).targets(convolutions));
+  write(
+      "loha_patterns",
+      "patterns",
+      LoHaOptions(2)
+          .rank_pattern({{"value", 3}})
+          .alpha_pattern({{"query", 5}})
+          .modules_to_save({})
+          .targets(projections));
+  write("lokr", "mlp", LoKrOptions(2).alpha(4).targets(layers));
+  write(
+      "lokr_both",
+      "bert",
+      LoKrOptions(1).decompose_both(true).targets(projections));
+  write(
+      "lokr_conv2d",
+      "conv2d",
+      LoKrOptions(1).decompose_factor(2).targets(convolutions));
+  write("hra", "mlp", HraOptions(4).targets(layers));
+  write(
+      "hra_gs",
+      "mlp",
+      HraOptions(2).apply_GS(true).modules_to_save({"head"}).targets(layers));
+  write("oft", "mlp", OftOptions().oft_block_size(2).targets(layers), 0.1);
+  write(
+      "oft_exact",
+      "bert",
+      OftOptions().oft_block_size(0).r(4).use_cayley_neumann(false).targets(
+          projections));
+  write(
+      "oft_embedding",
+      "embedding",
+      OftOptions().oft_block_size(3).targets(Targets({"emb", "fc"})),
+      0.1);
+  write("boft", "mlp", BoftOptions().boft_block_size(2).targets(layers));
+  write(
+      "fourier_ft",
+      "layers",
+      FourierFtOptions(20).scaling(10).targets(projections));
+  write(
+      "fourier_ft_gpt2",
+      "dora_gpt2",
+      FourierFtOptions(20).scaling(10).targets(Targets({"c_fc", "c_proj"})));
+  write("all_linear", "bert", LoKrOptions(2).targets(Targets::all_linear()));
+}

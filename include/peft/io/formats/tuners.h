@@ -73,7 +73,6 @@ class TunerFormat : public AdapterFormat {
     for (const char* field :
          {"auto_mapping",
           "base_model_name_or_path",
-          "exclude_modules",
           "modules_to_save",
           "revision",
           "task_type"}) {
@@ -94,14 +93,18 @@ class TunerFormat : public AdapterFormat {
         transposed = transposed || delta->is_transposed();
       }
     }
-    if (o.targets().kind() == Targets::Kind::regex ||
-        names_modules(o.targets(), adapter)) {
+    const bool in_words = o.targets().kind() == Targets::Kind::regex ||
+        names_modules(o.targets(), adapter);
+    if (in_words && (o.exclude().empty() || has_exclude_modules())) {
       write_targets(config, "target_modules", o.targets());
     } else { // predicates are no words of HF's: the layers stand by name
       config.set("target_modules", modules);
     }
-    if (!o.exclude().empty()) {
-      write_targets(config, "exclude_modules", o.exclude());
+    if (has_exclude_modules()) {
+      config.set("exclude_modules", nullptr);
+      if (!o.exclude().empty()) {
+        write_targets(config, "exclude_modules", o.exclude());
+      }
     }
     config.set("layers_to_transform", nullptr).set("layers_pattern", nullptr);
     if (!o.layers().empty()) {
@@ -123,6 +126,9 @@ class TunerFormat : public AdapterFormat {
   virtual void read_own(const AdapterConfig& config, Options& o) const = 0;
   virtual void write_own(const Options& o, AdapterConfig& config) const = 0;
   virtual bool has_fan_in_fan_out() const {
+    return true;
+  }
+  virtual bool has_exclude_modules() const {
     return true;
   }
 };
@@ -402,6 +408,9 @@ class VeraFormat final : public TunerFormat<VeraOptions, VeraDelta> {
     config.set("d_initial", o.d_initial());
     config.set("init_weights", o.init_weights());
     config.set("bias", o.bias());
+  }
+  bool has_exclude_modules() const override {
+    return false;
   }
 
  private:
