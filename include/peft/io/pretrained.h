@@ -153,13 +153,21 @@ repeats_base(const Plan& plan, const std::string& key, const Tensor& value) {
 /// Two tied weights of which the plan adapts one, or both apart: "'a' and 'b'",
 /// or "".
 inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
+  using Parameter = NamedParameters::value_type;
+  ByMemory<std::pair<const Layer*, const Parameter*>> by_memory;
+  for (const auto& layer : network) {
+    for (const auto& p : layer.parameters) {
+      by_memory.emplace(start_of_memory(p.second), std::make_pair(&layer, &p));
+    }
+  }
   for (const auto& site : plan.sites) {
-    for (const auto& layer : network) {
-      for (const auto& p : layer.parameters) {
-        if (is_tied(p.second, site.tensor) &&
-            layer.path(p.first) != site.parameter) {
-          return "'" + site.parameter + "' and '" + layer.path(p.first) + "'";
-        }
+    const auto [begin, end] =
+        by_memory.equal_range(start_of_memory(site.tensor));
+    for (auto item = begin; item != end; ++item) {
+      const auto [layer, p] = item->second;
+      const std::string path = layer->path(p->first);
+      if (path != site.parameter && is_tied(p->second, site.tensor)) {
+        return "'" + site.parameter + "' and '" + path + "'";
       }
     }
   }
@@ -172,10 +180,17 @@ inline void fill_plan(
     const NamedTensorMap& tensors,
     const std::string& folder,
     bool strict) {
+  struct Wanted {
+    std::string key, name;
+    Delta* delta;
+  };
+  std::vector<Wanted> wanted;
   std::set<std::string> expected;
   for (const auto& site : plan.sites) {
     for (const auto& item : site.delta->all_file_tensors()) {
-      expected.insert(file_key(site.file_prefix, item.first));
+      auto key = file_key(site.file_prefix, item.first);
+      expected.insert(key);
+      wanted.push_back({std::move(key), item.first, site.delta.get()});
     }
   }
   std::vector<std::string> missing, extra, misshaped;
@@ -194,18 +209,15 @@ inline void fill_plan(
     }
   }
   auto each = [&](bool dry_run) {
-    for (auto& site : plan.sites) {
-      for (const auto& item : site.delta->all_file_tensors()) {
-        const auto key = file_key(site.file_prefix, item.first);
-        const auto found = tensors.find(key);
-        if (found == tensors.end()) {
-          continue;
-        }
-        const auto misfit =
-            site.delta->from_file(item.first, found->second, dry_run);
-        if (!misfit.empty()) {
-          misshaped.push_back(key + ": " + misfit);
-        }
+    for (const auto& item : wanted) {
+      const auto found = tensors.find(item.key);
+      if (found == tensors.end()) {
+        continue;
+      }
+      const auto misfit =
+          item.delta->from_file(item.name, found->second, dry_run);
+      if (!misfit.empty()) {
+        misshaped.push_back(item.key + ": " + misfit);
       }
     }
   };
