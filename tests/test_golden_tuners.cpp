@@ -84,6 +84,74 @@ TEST_CASE("tuners: initial values are HF PEFT's after the same seed") {
   }
 }
 
+TEST_CASE("tuners: AdaLoRA takes the ranks away that HF PEFT takes") {
+  const Golden golden("steps_ada_lora", kSet);
+  auto network = golden.network();
+  auto adapter =
+      peft::load(*network.module, (golden.folder / "start").string());
+  const auto step = [&](networks::Network& net, peft::Adapter& own, int i) {
+    net.module->train();
+    peft::RankAllocator allocator(own);
+    torch::optim::SGD optimizer(own.parameters(), 0.2);
+    const auto loss =
+        torch::mse_loss(net.run(golden.inputs()), golden.expected.at("target"));
+    (loss + peft::orthogonal_regularization(own)).backward();
+    optimizer.step();
+    allocator.update_and_allocate(i);
+    optimizer.zero_grad();
+    return loss;
+  };
+  const TemporaryDirectory directory;
+  for (int i = 0; i < 10; ++i) {
+    INFO("step " << i);
+    auto other = golden.network();
+    peft::Adapter resumed;
+    if (i > 0) { // what was saved after any step goes on to the bit
+      resumed = peft::load(*other.module, directory / "half");
+      step(other, resumed, i);
+    }
+    const auto loss = step(network, adapter, i);
+    REQUIRE(near(
+        loss.view({1}), golden.expected.at("loss." + std::to_string(i)), 1e-5));
+    const auto parameters = adapter.named_parameters();
+    for (const auto& [key, value] : golden.group("step." + std::to_string(i))) {
+      INFO(key);
+      const auto own = find(parameters, key);
+      REQUIRE(near(own, value, 1e-5));
+      REQUIRE(torch::equal(own.eq(0), value.eq(0)));
+      if (i > 0) {
+        REQUIRE(equal_bits(find(resumed.named_parameters(), key), own));
+      }
+    }
+    peft::save(adapter, directory / "half");
+  }
+  network.module->eval();
+  const auto output = network.run(golden.inputs());
+  REQUIRE(near(output, golden.expected.at("output"), 1e-5));
+
+  // The file is PEFT's: what is left, and where.
+  const auto ours =
+      peft::load_safetensors(directory / "half/adapter_model.safetensors");
+  const auto theirs =
+      peft::load_safetensors(golden.adapter() + "/adapter_model.safetensors");
+  REQUIRE(ours.size() == theirs.size());
+  for (const auto& [key, value] : theirs) {
+    INFO(key);
+    REQUIRE(ours.at(key).sizes() == value.sizes());
+    REQUIRE((value.numel() == 0 || near(ours.at(key), value, 1e-5)));
+  }
+  REQUIRE(
+      read_json_file(directory / "half/adapter_config.json")
+          .at("rank_pattern") ==
+      read_json_file(fs::path(golden.adapter()) / "adapter_config.json")
+          .at("rank_pattern"));
+  auto other = golden.network();
+  const auto loaded = peft::load(*other.module, golden.adapter());
+  REQUIRE(near(other.run(golden.inputs()), output, 1e-5));
+  const auto error = error_of([&] { peft::RankAllocator allocator(loaded); });
+  REQUIRE(contains(error, "libpeft_training.safetensors"));
+}
+
 TEST_CASE("tuners: adapters are written for HF PEFT to read") {
   const TemporaryDirectory own;
   const char* wanted = std::getenv("PEFT_REVERSE_DIR");

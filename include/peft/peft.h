@@ -44,6 +44,9 @@
 #include <peft/methods/oft.h>
 #include <peft/methods/boft.h>
 #include <peft/methods/fourier_ft.h>
+#include <peft/methods/ada_lora.h>
+#include <peft/methods/trainable_tokens.h>
+#include <peft/methods/beft.h>
 #include <peft/methods/houlsby.h>
 #include <peft/methods/pfeiffer.h>
 #include <peft/methods/parallel_adapter.h>
@@ -66,6 +69,7 @@
 
 #include <peft/train/fisher.h>
 #include <peft/train/masked_step.h>
+#include <peft/train/rank_allocator.h>
 #include <peft/train/check_optimizer.h>
 #include <peft/train/search.h>
 #include <peft/train/search/auto_peft.h>

@@ -103,6 +103,16 @@ CASES = [
     case("fourier_ft_patterns", "FourierFT", "stack", dict(
         n_frequency=20, scaling=10.0, random_loc_seed=5, n_frequency_pattern={"value": 7},
         target_modules=["query", "value"])),
+    case("ada_lora", "AdaLora", "mlp", dict(init_r=4, target_r=2, total_step=10, **FC)),
+    case("ada_lora_bias", "AdaLora", "mlp", dict(
+        init_r=3, lora_alpha=5, total_step=10, bias="lora_only", **FC, **HEAD)),
+    case("ada_lora_gpt2", "AdaLora", "gpt2_mlp", dict(
+        init_r=3, total_step=10, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True)),
+    case("ada_lora_conv2d", "AdaLora", "conv2d", dict(init_r=3, total_step=10, **CONV)),
+    case("tokens", "TrainableTokens", "tokens", dict(
+        token_indices=[7, 1, 10], target_modules=["emb"])),
+    case("tokens_default", "TrainableTokens", "causal_tokens", dict(token_indices=[0, 3])),
+    case("beft", "Beft", "mlp", dict(**FC, **HEAD)),
     case("fourier_ft_gpt2", "FourierFT", "gpt2_mlp", dict(
         n_frequency=30, scaling=10.0, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True)),
 ]
@@ -120,7 +130,7 @@ def config_class(**fields):
 def randomise(model):
     """Trained-looking values: rotations stay small, as their cut-off series wants."""
     generator = torch.Generator().manual_seed(3)
-    size = {"OFT": 0.1, "BOFT": 0.4, "LoKr": 0.3}.get(current.tuner, 0.5)
+    size = {"OFT": 0.1, "BOFT": 0.4, "LoKr": 0.3, "AdaLora": 0.3}.get(current.tuner, 0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -249,6 +259,21 @@ def fourier_ft(config, t, module, weight):
     return weight + config["scaling"] * delta
 
 
+def ada_lora(config, t, weight):
+    product = t["lora_B"] @ torch.diag(t["lora_E"][:, 0]) @ t["lora_A"]
+    s = config["lora_alpha"] / (config["init_r"] + 1e-5)
+    return weight + s * product.view(weight.shape)
+
+
+def tokens(config, t, weight):
+    keep = torch.ones(len(weight), 1, dtype=weight.dtype)
+    keep[config["token_indices"]] = 0
+    place = torch.zeros(len(weight), len(config["token_indices"]), dtype=weight.dtype)
+    for column, row in enumerate(config["token_indices"]):
+        place[row, column] = 1
+    return weight * keep + place @ t["trainable_tokens_delta"]
+
+
 def effective_parameters(network, base, config, adapter):
     modules = dict(network.named_modules())
     result = dict(base)
@@ -258,7 +283,8 @@ def effective_parameters(network, base, config, adapter):
             shared[key.removeprefix("base_model.")] = tensor
             continue
         name = key.removeprefix(PREFIX)
-        for word in ("vera_", "hada_", "lokr_", "hra_", "oft_", "boft_", "fourierft_"):
+        for word in ("vera_", "hada_", "lokr_", "hra_", "oft_", "boft_", "fourierft_",
+                     "lora_", "trainable_tokens_", "beft_"):
             at = name.find("." + word)
             if at >= 0:
                 by_module.setdefault(name[:at], {})[name[at + 1 :]] = tensor
@@ -289,14 +315,22 @@ def effective_parameters(network, base, config, adapter):
             "OFT": lambda: oft(config, t, weight, embedding),
             "BOFT": lambda: boft(config, t, weight),
             "FourierFT": lambda: fourier_ft(config, t, module, weight),
+            "AdaLora": lambda: ada_lora(config, t, weight),
+            "TrainableTokens": lambda: tokens(config, t, weight),
+            "Beft": lambda: weight,
         }[current.tuner]()
         result[module + ".weight"] = new.T if turned(module) else new
+        if "beft_bias" in t:
+            own = result.get(module + ".bias", 0)
+            result[module + ".bias"] = own + t["beft_bias"][0]
     return result
 
 
 # ---- Initial values, and base weights that are there already ---------------------------------
 
 INITIAL = [
+    case("init_ada_lora", "AdaLora", "mlp", dict(init_r=3, total_step=10, **FC)),
+    case("init_beft", "Beft", "mlp", dict(init_weights=False, **FC)),
     case("init_vera", "Vera", "mlp", dict(
         r=6, init_weights=False, save_projection=False, **FC)),
     case("init_loha", "LoHa", "mlp", dict(r=2, **FC)),
@@ -329,6 +363,53 @@ def write_initial(one):
     facts = {"network": one.network, "seed": 0}
     (folder / "case.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{one.name:26s} {len(tensors)} tensors")
+
+
+# ---- AdaLoRA's ranks ------------------------------------------------------------------------
+
+STEPS = case("steps_ada_lora", "AdaLora", "mlp", dict(
+    init_r=4, target_r=2, total_step=9, tinit=1, tfinal=2, deltaT=2, **FC))
+
+
+def write_steps(one):
+    """Ten steps of SGD with PEFT's allocator: E and the masks after each, and what is saved then."""
+    folder = make_lora.DATA / one.name
+    shutil.rmtree(folder, ignore_errors=True)
+    model = peft.get_peft_model(make_lora.base_network(one), config_class(**one.config))
+    randomise(model)
+    model.save_pretrained(folder / "start")
+    model = model.train()
+    parameters = make_lora.trainable_by_file_key(model)
+    optimizer = torch.optim.SGD(list(parameters.values()), lr=0.2)
+    inputs = make_lora.network_inputs(one)
+    output = make_lora.networks.run(model, inputs)
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+    result = {"input.0": inputs[0], "target": target}
+    for step in range(10):
+        loss = nn.functional.mse_loss(make_lora.networks.run(model, inputs), target)
+        penalty = [
+            torch.norm(p @ p.T - torch.eye(4)) if key.endswith("lora_A")
+            else torch.norm(p.T @ p - torch.eye(4))
+            for key, p in parameters.items()
+            if not key.endswith("lora_E")
+        ]
+        (loss + 0.5 * sum(penalty) / len(penalty)).backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        result[f"loss.{step}"] = loss.detach().reshape(1)
+        for key, p in parameters.items():
+            result[f"step.{step}.{key}"] = p.detach().clone()
+    result["output"] = make_lora.networks.run(model.eval(), inputs).detach()
+    model.save_pretrained(folder / "adapter")
+    for name in ("start", "adapter"):
+        (folder / name / "README.md").unlink()
+    save_file(make_lora.own_parameters(one), folder / "base.safetensors")
+    save_file(result, folder / "expected.safetensors")
+    facts = {"network": one.network, "mode": "eval"}
+    (folder / "case.json").write_text(json.dumps(facts, indent=2) + "\n")
+    left = {k: int(sum(v)) for k, v in model.peft_config["default"].rank_pattern.items()}
+    print(f"{one.name:26s} {left}")
 
 
 def share_base(one):
@@ -364,6 +445,10 @@ def main():
             current = one
             write_initial(one)
             share_base(one)
+    if not wanted or STEPS.name in wanted:
+        current = STEPS
+        write_steps(STEPS)
+        share_base(STEPS)
 
 
 if __name__ == "__main__":

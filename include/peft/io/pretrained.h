@@ -255,6 +255,9 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<BoftFormat>(),
       std::make_shared<FourierFtFormat>(),
       std::make_shared<VeraFormat>(),
+      std::make_shared<AdaLoraFormat>(),
+      std::make_shared<TrainableTokensFormat>(),
+      std::make_shared<BeftFormat>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
       std::make_shared<AdapterHubFormat>("PARALLEL_ADAPTER"),
@@ -364,7 +367,9 @@ inline void fill_training_state(
       const auto key = file_key(site.file_prefix, item.first);
       const auto found = weights.find(key);
       TORCH_CHECK(
-          found == weights.end() || makes_the_same(item.second, found->second),
+          found == weights.end() ||
+              makes_the_same(
+                  site.delta->to_file(item.first, item.second), found->second),
           "peft: '",
           path.string(),
           "' does not belong to the weights beside it, it makes another '",

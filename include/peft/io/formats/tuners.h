@@ -1,20 +1,26 @@
 #pragma once
 
 // The weight deltas of HF PEFT beside LoRA and (IA)³, as its configs and files
-// have them: LoHa, LoKr, HRA, OFT, BOFT, FourierFT, VeRA.
+// have them: LoHa, LoKr, HRA, OFT, BOFT, FourierFT, VeRA,
+// AdaLoRA, trainable tokens, BEFT.
 
 #include <peft/io/formats/format.h>
+#include <peft/methods/ada_lora.h>
+#include <peft/methods/beft.h>
 #include <peft/methods/boft.h>
 #include <peft/methods/fourier_ft.h>
 #include <peft/methods/hra.h>
 #include <peft/methods/loha.h>
 #include <peft/methods/lokr.h>
 #include <peft/methods/oft.h>
+#include <peft/methods/trainable_tokens.h>
 #include <peft/methods/vera.h>
 
+#include <algorithm>
 #include <any>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -45,7 +51,7 @@ class TunerFormat : public AdapterFormat {
  public:
   Plan plan(const AdapterConfig& config, const Network& network)
       const override {
-    Options o;
+    Options o = empty_options();
     TORCH_CHECK(
         config.has("target_modules") && !config.is_empty("target_modules"),
         "peft: ",
@@ -63,7 +69,7 @@ class TunerFormat : public AdapterFormat {
     read_own(config, o);
     Options here = o;
     here.modules_to_save(modules_in(network, o.modules_to_save()));
-    Plan result = detail::plan(here, network);
+    Plan result = make_plan(here, config, network);
     result.options = std::move(o);
     return result;
   }
@@ -106,7 +112,9 @@ class TunerFormat : public AdapterFormat {
         write_targets(config, "exclude_modules", o.exclude());
       }
     }
-    config.set("layers_to_transform", nullptr).set("layers_pattern", nullptr);
+    if (has_layers()) {
+      config.set("layers_to_transform", nullptr).set("layers_pattern", nullptr);
+    }
     if (!o.layers().empty()) {
       config.set("layers_to_transform", o.layers());
     }
@@ -120,15 +128,36 @@ class TunerFormat : public AdapterFormat {
       config.set("fan_in_fan_out", transposed);
     }
     write_own(o, config);
+    write_state(adapter, config);
   }
 
  protected:
+  virtual Options empty_options() const {
+    if constexpr (std::is_default_constructible_v<Options>) {
+      return Options();
+    } else {
+      return Options({});
+    }
+  }
+  virtual Plan make_plan(
+      const Options& o,
+      const AdapterConfig& /*config*/,
+      const Network& network) const {
+    return detail::plan(o, network);
+  }
+  /// What the config tells of the trained tensors.
+  virtual void write_state(
+      const AdapterState& /*adapter*/,
+      AdapterConfig& /*config*/) const {}
   virtual void read_own(const AdapterConfig& config, Options& o) const = 0;
   virtual void write_own(const Options& o, AdapterConfig& config) const = 0;
   virtual bool has_fan_in_fan_out() const {
     return true;
   }
   virtual bool has_exclude_modules() const {
+    return true;
+  }
+  virtual bool has_layers() const {
     return true;
   }
 };
@@ -319,6 +348,142 @@ class FourierFtFormat final
     write_pattern<int64_t>(
         config, "n_frequency_pattern", o.n_frequency_pattern());
     config.set("bias", o.bias());
+  }
+};
+
+/// The ranks that are left at each weight stand in rank_pattern, as masks.
+class AdaLoraFormat final : public TunerFormat<AdaLoraOptions, AdaLoraDelta> {
+ public:
+  std::string type() const override {
+    return "ADALORA";
+  }
+
+ protected:
+  Plan make_plan(
+      const AdaLoraOptions& o,
+      const AdapterConfig& config,
+      const Network& network) const override {
+    using Masks = std::map<std::string, std::vector<bool>>;
+    const auto masks = config.get<Masks>("rank_pattern", {});
+    const std::string end = ".lora_E";
+    Ranks ranks;
+    for (const auto& [key, mask] : masks) {
+      const bool named = key.size() >= end.size() &&
+          key.compare(key.size() - end.size(), end.size(), end) == 0;
+      TORCH_CHECK(
+          named,
+          "peft: rank_pattern names '",
+          key,
+          "', which is no '<module>.lora_E'");
+      ranks.emplace_back(
+          key.substr(0, key.size() - end.size()),
+          std::count(mask.begin(), mask.end(), true));
+    }
+    return detail::plan(o, network, ranks);
+  }
+  void read_own(const AdapterConfig& config, AdaLoraOptions& o) const override {
+    o.total_step(config.get<int64_t>("total_step", 1));
+    o.tinit(config.get<int64_t>("tinit", 0));
+    o.tfinal(config.get<int64_t>("tfinal", 0));
+    o.deltaT(config.get<int64_t>("deltaT", 1));
+    o.init_r(config.get<int64_t>("init_r", 12));
+    o.target_r(config.get<int64_t>("target_r", 8));
+    o.alpha(config.get<double>("lora_alpha", 8));
+    o.dropout(config.get<double>("lora_dropout", 0));
+    o.beta1(config.get<double>("beta1", 0.85));
+    o.beta2(config.get<double>("beta2", 0.85));
+    o.orth_reg_weight(config.get<double>("orth_reg_weight", 0.5));
+    o.init_weights(config.get<bool>("init_lora_weights", true));
+    o.bias(config.get<std::string>("bias", "none"));
+  }
+  void write_own(const AdaLoraOptions& o, AdapterConfig& config)
+      const override {
+    config.set("total_step", o.total_step());
+    config.set("tinit", o.tinit());
+    config.set("tfinal", o.tfinal());
+    config.set("deltaT", o.deltaT());
+    config.set("init_r", o.init_r());
+    config.set("target_r", o.target_r());
+    config.set_number("lora_alpha", o.alpha());
+    config.set("lora_dropout", o.dropout());
+    config.set("beta1", o.beta1());
+    config.set("beta2", o.beta2());
+    config.set("orth_reg_weight", o.orth_reg_weight());
+    config.set("init_lora_weights", o.init_weights());
+    config.set("bias", o.bias());
+  }
+  void write_state(const AdapterState& adapter, AdapterConfig& config)
+      const override {
+    std::map<std::string, std::vector<bool>> masks;
+    for (const auto& site : adapter.sites) {
+      const auto* delta = dynamic_cast<const AdaLoraDelta*>(site.delta.get());
+      if (delta != nullptr && delta->config().kept.defined()) {
+        auto& mask = masks[site.file_prefix + ".lora_E"];
+        const Tensor kept = delta->config().kept.cpu();
+        for (int64_t i = 0; i < kept.numel(); ++i) {
+          mask.push_back(kept[i].item<bool>());
+        }
+      }
+    }
+    if (!masks.empty()) {
+      config.set("rank_pattern", masks);
+    }
+  }
+};
+
+class TrainableTokensFormat final
+    : public TunerFormat<TrainableTokensOptions, TrainableTokensDelta> {
+ public:
+  std::string type() const override {
+    return "TRAINABLE_TOKENS";
+  }
+  AdapterConfig new_config() const override {
+    return TunerFormat::new_config().erase("modules_to_save");
+  }
+
+ protected:
+  void read_own(const AdapterConfig& config, TrainableTokensOptions& o)
+      const override {
+    o.token_indices(config.get<std::vector<int64_t>>("token_indices", {}));
+    o.init_weights(config.get<bool>("init_weights", true));
+  }
+  void write_own(const TrainableTokensOptions& o, AdapterConfig& config)
+      const override {
+    config.set("token_indices", o.token_indices());
+    config.set("init_weights", o.init_weights());
+  }
+  bool has_fan_in_fan_out() const override {
+    return false;
+  }
+  bool has_exclude_modules() const override {
+    return false;
+  }
+  bool has_layers() const override {
+    return false;
+  }
+};
+
+class BeftFormat final : public TunerFormat<BeftOptions, BeftDelta> {
+ public:
+  std::string type() const override {
+    return "BEFT";
+  }
+
+ protected:
+  void read_own(const AdapterConfig& config, BeftOptions& o) const override {
+    o.init_weights(config.get<bool>("init_weights", true));
+  }
+  void write_own(const BeftOptions& o, AdapterConfig& config) const override {
+    config.set("init_weights", o.init_weights());
+  }
+  bool has_fan_in_fan_out() const override {
+    return false;
+  }
+  bool has_exclude_modules() const override {
+    return false;
+  }
+  bool has_layers() const override {
+    return false;
   }
 };
 
