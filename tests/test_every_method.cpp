@@ -159,6 +159,28 @@ std::vector<Method> every_method() {
   add(method("DoRA", peft::LoraOptions(2).alpha(4).dora(true), all),
       true,
       false);
+  const auto on_query = [](auto options) {
+    return options.targets(
+        peft::Targets::regex(".*(query|c_attn|q_proj|SelfAttention\\.q)"));
+  };
+  add(method("AdaLoRA", on_query(peft::AdaLoraOptions(10).init_r(2)), all),
+      true,
+      true);
+  add(method("VeRA", on_query(peft::VeraOptions(3)), all), true, true);
+  add(method("LoHa", on_query(peft::LoHaOptions(2)), all), true, true);
+  add(method("LoKr", on_query(peft::LoKrOptions(2)), all), true, true);
+  add(method("HRA", on_query(peft::HraOptions(2)), all), true, false);
+  add(method("OFT", on_query(peft::OftOptions().oft_block_size(4)), all),
+      true,
+      true);
+  add(method("BOFT", on_query(peft::BoftOptions()), all), true, true);
+  add(method("FourierFT", on_query(peft::FourierFtOptions(9)), all),
+      true,
+      false);
+  add(method("trainable tokens", peft::TrainableTokensOptions({5, 9, 14}), all),
+      true,
+      true);
+  add(method("BEFT", on_query(peft::BeftOptions()), {bert, gpt2}), true, true);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
   add(method("LayerNorm tuning", peft::LayerNormOptions(), all), true, true);
   add(method("full", peft::FullTuningOptions(), all), true, true);
@@ -208,13 +230,15 @@ std::vector<Method> every_method() {
       false,
       false);
   add(structure_of_every_second_module(all), false, false);
-  add(method("scaled LoRA", peft::Scaled(peft::LoraOptions(2).alpha(4), 0.5), all),
+  add(method(
+          "scaled LoRA", peft::Scaled(peft::LoraOptions(2).alpha(4), 0.5), all),
       true,
       true);
   add(method(
           "LoRA, learned scale",
           peft::Scaled(
-              peft::LoraOptions(2).alpha(4), peft::ScaleOptions(1).learned(true)),
+              peft::LoraOptions(2).alpha(4),
+              peft::ScaleOptions(1).learned(true)),
           all),
       true,
       true);

@@ -10,12 +10,15 @@
 
 #include <peft/core/attach.h>
 #include <peft/io/adapter_config.h>
+#include <peft/io/formats/ada_lora.h>
 #include <peft/io/formats/adapter_hub.h>
 #include <peft/io/formats/auto_peft.h>
+#include <peft/io/formats/beft.h>
 #include <peft/io/formats/bitfit.h>
 #include <peft/io/formats/bottleneck.h>
 #include <peft/io/formats/coda.h>
 #include <peft/io/formats/format.h>
+#include <peft/io/formats/fourier_ft.h>
 #include <peft/io/formats/ia3.h>
 #include <peft/io/formats/intrinsic.h>
 #include <peft/io/formats/krona.h>
@@ -23,13 +26,16 @@
 #include <peft/io/formats/layer_norm.h>
 #include <peft/io/formats/llm_adapters.h>
 #include <peft/io/formats/lora.h>
+#include <peft/io/formats/lycoris.h>
 #include <peft/io/formats/masked.h>
 #include <peft/io/formats/masked_adapter.h>
+#include <peft/io/formats/orthogonal.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/formats/s3_delta.h>
 #include <peft/io/formats/sparse.h>
-#include <peft/io/formats/tuners.h>
+#include <peft/io/formats/trainable_tokens.h>
 #include <peft/io/formats/union.h>
+#include <peft/io/formats/vera.h>
 #include <peft/io/safetensors.h>
 
 #include <torch/serialize.h>
