@@ -54,10 +54,10 @@ namespace detail {
 class SerialBesideNormDelta final : public BottleneckDelta {
  public:
   SerialBesideNormDelta(
-      Bottleneck bottleneck,
-      int64_t layer,
+      Bottleneck bottleneck_,
+      int64_t layer_,
       std::shared_ptr<const ParallelInputDelta> parallel)
-      : BottleneckDelta(std::move(bottleneck), layer),
+      : BottleneckDelta(std::move(bottleneck_), layer_),
         parallel_(std::move(parallel)) {}
 
   bool transforms_output() const override {

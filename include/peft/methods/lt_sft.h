@@ -107,9 +107,9 @@ inline Tensor distance_from_start(const Adapter& adapter) {
             dynamic_cast<const TrainedCopy*>(record.delta.get())) {
       moved = copy->value - detail::start_of(record, *copy);
     } else if (
-        const auto* copy =
+        const auto* sparse =
             dynamic_cast<const SparseCopy*>(record.delta.get())) {
-      moved = copy->moved(
+      moved = sparse->moved(
           detail::base_of(detail::tensor_of(*detail::lock_site(record)))
               .detach());
     } else {
