@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -159,28 +160,21 @@ std::vector<Method> every_method() {
   add(method("DoRA", peft::LoraOptions(2).alpha(4).dora(true), all),
       true,
       false);
-  const auto on_query = [](auto options) {
-    return options.targets(
-        peft::Targets::regex(".*(query|c_attn|q_proj|SelfAttention\\.q)"));
-  };
-  add(method("AdaLoRA", on_query(peft::AdaLoraOptions(10).init_r(2)), all),
+  add(method("AdaLoRA", peft::AdaLoraOptions(10).init_r(2), all), true, true);
+  add(method("VeRA", peft::VeraOptions(3), all), true, true);
+  add(method("LoHa", peft::LoHaOptions(2), all), true, true);
+  add(method("LoKr", peft::LoKrOptions(2), all), true, true);
+  add(method("HRA", peft::HraOptions(2), all), true, false);
+  add(method("OFT", peft::OftOptions().oft_block_size(4), all), true, true);
+  add(method("BOFT", peft::BoftOptions(), all), true, true);
+  add(method("FourierFT", peft::FourierFtOptions(9), all), true, false);
+  std::vector<int64_t> most_tokens(24);
+  std::iota(most_tokens.begin(), most_tokens.end(), 4);
+  add(method(
+          "trainable tokens", peft::TrainableTokensOptions(most_tokens), all),
       true,
       true);
-  add(method("VeRA", on_query(peft::VeraOptions(3)), all), true, true);
-  add(method("LoHa", on_query(peft::LoHaOptions(2)), all), true, true);
-  add(method("LoKr", on_query(peft::LoKrOptions(2)), all), true, true);
-  add(method("HRA", on_query(peft::HraOptions(2)), all), true, false);
-  add(method("OFT", on_query(peft::OftOptions().oft_block_size(4)), all),
-      true,
-      true);
-  add(method("BOFT", on_query(peft::BoftOptions()), all), true, true);
-  add(method("FourierFT", on_query(peft::FourierFtOptions(9)), all),
-      true,
-      false);
-  add(method("trainable tokens", peft::TrainableTokensOptions({5, 9, 14}), all),
-      true,
-      true);
-  add(method("BEFT", on_query(peft::BeftOptions()), {bert, gpt2}), true, true);
+  add(method("BEFT", peft::BeftOptions(), {bert}), true, true);
   add(method("BitFit", peft::BitFitOptions(), {bert, gpt2}), true, true);
   add(method("LayerNorm tuning", peft::LayerNormOptions(), all), true, true);
   add(method("full", peft::FullTuningOptions(), all), true, true);
