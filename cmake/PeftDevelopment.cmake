@@ -24,7 +24,7 @@ if(PEFT_SANITIZE)
   target_link_options(peft_dev INTERFACE -fsanitize=${PEFT_SANITIZE})
 endif()
 
-# GCC collects its garbage so often that it costs a tenth of these compilations.
+# GCC's collection of garbage costs nearly a tenth of these compilations.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(peft_dev INTERFACE
     "SHELL:--param ggc-min-expand=10000" "SHELL:--param ggc-min-heapsize=4000000")
@@ -45,8 +45,8 @@ if(PEFT_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   endif()
 endif()
 
-# A file that includes LibTorch and libpeft takes 2.6 GB to compile. Ninja is told; make
-# gets its number of jobs from the preset.
+# A file that includes LibTorch and libpeft takes 2.6 GB to compile. Ninja is
+# told; make gets its number of jobs from the preset.
 cmake_host_system_information(RESULT _memory QUERY TOTAL_PHYSICAL_MEMORY)
 cmake_host_system_information(RESULT _cores QUERY NUMBER_OF_LOGICAL_CORES)
 math(EXPR _jobs "${_memory} / 2800")
@@ -60,7 +60,7 @@ set(CMAKE_JOB_POOL_COMPILE peft_compile)
 
 # LibTorch's headers are compiled once, for every test, example and benchmark.
 # libpeft's own stay out of it, as editing one would rebuild it, except where
-# everything is built anyway (PEFT_PCH_ALL): that takes a quarter off.
+# everything is built anyway (PEFT_PCH_ALL): every file then parses less.
 option(PEFT_PCH_ALL "Precompile libpeft's headers too" OFF)
 mark_as_advanced(PEFT_PCH_ALL)
 if(PEFT_PCH AND NOT MSVC)

@@ -240,10 +240,17 @@ TEST_CASE("COFT draws back to its radius, and no further", "[tuner]") {
       peft::OftOptions().oft_block_size(4).coft(true).eps(0.1).targets(
           peft::Targets({""})));
   const Tensor q = adapter.parameters()[0];
-  torch::NoGradGuard no_grad;
-  q[0].fill_(1);
-  q[1].fill_(1e-3);
-  layer->forward(torch::randn({2, 8}));
+  const Tensor x = torch::randn({2, 8});
+  Tensor read;
+  {
+    torch::NoGradGuard no_grad;
+    q[0].fill_(1);
+    q[1].fill_(1e-3);
+    read = layer->forward(x);
+    CHECK(torch::equal(q[0], torch::ones({6}))); // reading writes nothing
+  }
+  CHECK(close(layer->forward(x).detach(), read, 1e-6, 1e-6));
+  const torch::NoGradGuard no_grad;
   const double radius = 0.1 / std::sqrt(2.0);
   CHECK(q[0].norm().item<double>() * std::sqrt(2.0) == Approx(radius));
   CHECK(torch::equal(q[1], torch::full({6}, 1e-3)));

@@ -118,10 +118,7 @@ class OftDelta final : public FormulaDelta<OftDelta> {
 
   /// [n, b, b], or [1, b, b] where the blocks share one.
   Tensor rotations() const {
-    const Tensor upper = tensor(name());
-    if (config_.coft_eps > 0) {
-      draw_back(upper);
-    }
+    const Tensor upper = constrained(tensor(name()));
     const Tensor Q = functional::skew_symmetric(upper, config_.block);
     Tensor R = config_.neumann_terms > 0
         ? functional::cayley_neumann(Q, config_.neumann_terms)
@@ -138,17 +135,27 @@ class OftDelta final : public FormulaDelta<OftDelta> {
     return R;
   }
 
-  /// HF's COFT: the parameter itself is shortened, by each use.
-  void draw_back(const Tensor& upper) const {
+  /// Within COFT's radius. As HF has it the parameter itself is shortened,
+  /// where it trains; reading it without gradients writes nothing, so that
+  /// threads may.
+  Tensor constrained(const Tensor& upper) const {
+    if (config_.coft_eps <= 0) {
+      return upper;
+    }
+    const bool trains = at::GradMode::is_enabled() && upper.requires_grad();
     torch::NoGradGuard no_grad;
     const double eps =
         config_.coft_eps / std::sqrt(static_cast<double>(upper.size(0)));
     // ‖Q‖ counts each entry twice.
     const Tensor norm = upper.norm(2, {1}, true) * std::sqrt(2.0);
-    if (norm.gt(eps).any().item<bool>()) {
-      Tensor target = upper;
-      target.copy_(at::where(norm.le(eps), upper, upper * (eps / norm)));
+    const Tensor shortened =
+        at::where(norm.le(eps), upper, upper * (eps / norm));
+    if (!trains) {
+      return shortened;
     }
+    Tensor parameter = upper;
+    parameter.copy_(shortened);
+    return parameter;
   }
 
   Config config_;
