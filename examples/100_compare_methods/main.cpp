@@ -68,7 +68,7 @@ Task choose_task(const Arguments& arguments) {
     train.resize(std::min<size_t>(train.size(), 32));
     test.resize(std::min<size_t>(test.size(), 32));
   } else if (!arguments.full) {
-    train.resize(std::min<size_t>(train.size(), 800));
+    train.resize(std::min<size_t>(train.size(), 640));
     test.resize(std::min<size_t>(test.size(), 600));
   }
   return task;
@@ -183,7 +183,11 @@ class Run {
         auto network = start(1);
         const auto adapter = tried.attach(network, setting(1));
         train_adapter(
-            network, adapter, tried.learning_rate, 1, task_.data.train);
+            network,
+            training_of(tried, adapter),
+            tried.learning_rate,
+            1,
+            task_.data.train);
         if (interrupted()) {
           return kInterrupted;
         }
@@ -321,14 +325,29 @@ class Run {
       setting.trials = arguments_.quick ? 2 : 20;
       setting.steps = arguments_.quick ? 2 : 200;
     }
+    setting.training_steps = training_steps();
     setting.train = [this, seed](
                         Network& network,
                         const peft::Adapter& adapter,
                         double rate,
                         const Examples& texts) {
-      train_adapter(network, adapter, rate, seed, texts);
+      train_adapter(network, Training(adapter), rate, seed, texts);
     };
     return setting;
+  }
+
+  /// Of a method on all of the texts.
+  int64_t training_steps() const {
+    const auto batches =
+        (task_.data.train.size() + kTimedBatch - 1) / kTimedBatch;
+    return arguments_.epochs * static_cast<int64_t>(batches);
+  }
+
+  static Training training_of(
+      const Method& method,
+      const peft::Adapter& adapter) {
+    return Training(
+        adapter, method.hooks ? method.hooks(adapter) : StepHooks());
   }
 
   /// The frozen probe of a seed, fitted when it is first asked for.
@@ -367,11 +386,10 @@ class Run {
 
   TrainResult train_adapter(
       Network& network,
-      const peft::Adapter& adapter,
+      const Training& training,
       double learning_rate,
       uint64_t seed,
       const Examples& texts) {
-    const Training training(adapter);
     TrainOptions options;
     options.epochs = arguments_.epochs;
     options.batch_size = static_cast<int64_t>(kTimedBatch);
@@ -392,15 +410,18 @@ class Run {
   std::optional<Outcome> run_method(const Method& method, uint64_t seed) {
     auto network = start(seed);
     auto adapter = method.attach(network, setting(seed));
-    if (interrupted() ||
-        train_adapter(
-            network, adapter, method.learning_rate, seed, task_.data.train)
+    if (interrupted()) {
+      return {};
+    }
+    const auto training = training_of(method, adapter);
+    if (train_adapter(
+            network, training, method.learning_rate, seed, task_.data.train)
             .interrupted) {
       return {};
     }
     Outcome outcome;
     outcome.learning_rate = method.learning_rate;
-    outcome.head = count(Training(adapter).head());
+    outcome.head = count(training.head());
     outcome.adapter = adapter.num_parameters() - outcome.head;
     outcome.accuracy = accuracy(
         predict(network, task_.data.test, task_.padding),
@@ -408,7 +429,7 @@ class Run {
     if (seed == 1) {
       check_files(network, adapter, method, outcome);
       outcome.has_cost = true;
-      outcome.cost = yardstick_.cost_of(network, adapter);
+      outcome.cost = yardstick_.cost_of(network, adapter, training);
       check_base(network, adapter, outcome);
     }
     return outcome;

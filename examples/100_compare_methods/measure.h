@@ -23,13 +23,20 @@ namespace compare {
 
 using namespace gloss;
 
+/// What a method does at every step beside the optimizer.
+struct StepHooks {
+  std::function<void()> after_backward;
+  std::function<void()> after_step;
+};
+
 /// How an adapter trains here: gradients clipped, then the optimizer's step
-/// under the adapter's masks, if it has any.
+/// under the adapter's masks, if it has any, with the method's hooks around.
 class Training {
  public:
-  explicit Training(const peft::Adapter& adapter)
+  explicit Training(const peft::Adapter& adapter, StepHooks hooks = {})
       : adapter_(adapter),
-        masked_(std::make_shared<peft::MaskedStep>(adapter)) {
+        masked_(std::make_shared<peft::MaskedStep>(adapter)),
+        hooks_(std::move(hooks)) {
     for (const auto& item : adapter.named_parameters()) {
       if (item.key().rfind("classifier.", 0) == 0) {
         head_.push_back(item.value());
@@ -59,15 +66,23 @@ class Training {
 
   /// What follows backward.
   std::function<void(torch::optim::Optimizer&)> step() const {
-    return [masked = masked_, all = adapter_.parameters()](auto& optimizer) {
+    return [masked = masked_, hooks = hooks_, all = adapter_.parameters()](
+               auto& optimizer) {
+      if (hooks.after_backward) {
+        hooks.after_backward();
+      }
       torch::nn::utils::clip_grad_norm_(all, 1.0);
       masked->step(optimizer);
+      if (hooks.after_step) {
+        hooks.after_step();
+      }
     };
   }
 
  private:
   peft::Adapter adapter_;
   std::shared_ptr<peft::MaskedStep> masked_;
+  StepHooks hooks_;
   std::vector<torch::Tensor> head_;
 };
 
@@ -152,8 +167,10 @@ class Yardstick {
 
   /// The cost of `adapter` on `network`; a copy is merged where that is
   /// possible.
-  Cost cost_of(Network& network, const peft::Adapter& adapter) {
-    const Training training(adapter);
+  Cost cost_of(
+      Network& network,
+      const peft::Adapter& adapter,
+      const Training& training) {
     Cost cost;
     additive::Step step(
         network, training.parameters(), timed_, training.step());

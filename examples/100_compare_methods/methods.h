@@ -9,7 +9,9 @@
 
 #include <peft/peft.h>
 
+#include <algorithm>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -25,6 +27,7 @@ struct Setting {
   int64_t samples = 64; ///< texts to choose entries by
   int64_t trials = 4; ///< configurations that a search tries
   int64_t steps = 24; ///< of a search by gradients
+  int64_t training_steps = 0; ///< of every method
   /// Trains an adapter on these texts, as long as every method trains, for
   /// methods that do so before they begin.
   std::function<
@@ -38,6 +41,8 @@ struct Method {
   std::string family;
   double learning_rate; ///< of all but the head
   std::function<peft::Adapter(Network&, const Setting&)> attach;
+  /// What it does at every step beside the optimizer, if anything.
+  std::function<StepHooks(const peft::Adapter&)> hooks = nullptr;
 };
 
 /// The head, which starts as the frozen probe's, trains beside every adapter.
@@ -74,6 +79,16 @@ inline std::vector<int64_t> up_to(int64_t most) {
   std::vector<int64_t> widths(static_cast<size_t>(most));
   std::iota(widths.begin(), widths.end(), 1);
   return widths;
+}
+
+inline std::vector<int64_t> divisors(int64_t n) {
+  std::vector<int64_t> result;
+  for (int64_t i = 1; i <= n; ++i) {
+    if (n % i == 0) {
+      result.push_back(i);
+    }
+  }
+  return result;
 }
 
 /// The one of `widths`, ascending in what `make(width)` trains, that trains
@@ -206,6 +221,45 @@ attach_sparse_adapter(Network& network, const Setting& setting, int64_t width) {
                 return loss_of(network, some, setting.task.padding);
               }});
   return adapter;
+}
+
+/// AdaLoRA, whose ranks fall by a third between a tenth and three quarters of
+/// the training.
+inline peft::AdaLoraOptions ada_lora(int64_t r, int64_t training_steps) {
+  return peft::AdaLoraOptions(training_steps)
+      .tinit(training_steps / 10)
+      .tfinal(training_steps / 4)
+      .init_r(r)
+      .target_r(std::max<int64_t>(1, 2 * r / 3))
+      .alpha(2.0 * static_cast<double>(r));
+}
+
+/// Its penalty, whose gradient joins the loss's, and its allocation of ranks.
+inline StepHooks ada_lora_hooks(const peft::Adapter& adapter) {
+  const auto allocator = std::make_shared<peft::RankAllocator>(adapter);
+  const auto step = std::make_shared<int64_t>(0);
+  return {
+      [adapter] { peft::orthogonal_regularization(adapter).backward(); },
+      [allocator, step] { allocator->update_and_allocate((*step)++); }};
+}
+
+/// The embeddings of the tokens that the texts have most, within the budget.
+inline peft::Adapter attach_tokens(Network& network, const Setting& setting) {
+  const auto& o = network->bert->options;
+  std::vector<int64_t> uses(static_cast<size_t>(o.vocab_size()));
+  for (const auto& text : setting.task.data.train) {
+    for (const auto id : text.ids) {
+      ++uses[static_cast<size_t>(id)];
+    }
+  }
+  std::vector<int64_t> tokens(uses.size());
+  std::iota(tokens.begin(), tokens.end(), 0);
+  std::stable_sort(tokens.begin(), tokens.end(), [&](int64_t a, int64_t b) {
+    return uses[static_cast<size_t>(a)] > uses[static_cast<size_t>(b)];
+  });
+  const auto rows = std::max<int64_t>(1, setting.budget / o.hidden_size());
+  tokens.resize(std::min(tokens.size(), static_cast<size_t>(rows)));
+  return attach_with_head(network, peft::TrainableTokensOptions(tokens));
 }
 
 /// The methods that S3Delta chooses among; the first has the heads.
@@ -433,6 +487,13 @@ methods(Network& network, int64_t budget, int64_t tokens) {
        8e-3,
        with(LayerNormOptions())});
 
+  all.push_back({"beft", "BEFT, value", "partial", 8e-3, with(BeftOptions())});
+  all.push_back(
+      {"trainable_tokens",
+       "trainable tokens",
+       "partial",
+       kSparseRate,
+       detail::attach_tokens});
   all.push_back(
       {"random_mask",
        "random mask",
@@ -483,6 +544,69 @@ methods(Network& network, int64_t budget, int64_t tokens) {
              .alpha(2.0 * static_cast<double>(r))
              .dora(true)
              .targets({"query", "value"});
+       })});
+  const auto ranks =
+      detail::nearest_width(network, budget, widths, [](int64_t r) {
+        return detail::ada_lora(r, 1);
+      });
+  all.push_back(
+      {"ada_lora",
+       "AdaLoRA",
+       "reparameterised",
+       1.2e-2,
+       [ranks](gloss::Network& host, const Setting& setting) {
+         return detail::attach_with_head(
+             host, detail::ada_lora(ranks, setting.training_steps));
+       },
+       detail::ada_lora_hooks});
+  all.push_back(
+      {"vera", "VeRA", "reparameterised", 1.2e-2, with(VeraOptions())});
+  all.push_back(
+      {"loha", "LoHa", "reparameterised", 4e-3, near(widths, [](int64_t r) {
+         return LoHaOptions(r).alpha(2.0 * static_cast<double>(r));
+       })});
+  all.push_back(
+      {"lokr",
+       "LoKr, factor 4",
+       "reparameterised",
+       4e-3,
+       near(detail::up_to(sizes.hidden_size() / 8 - 1), [](int64_t r) {
+         return LoKrOptions(r)
+             .alpha(2.0 * static_cast<double>(r))
+             .decompose_factor(4);
+       })});
+  std::vector<int64_t> even, blocks;
+  for (int64_t n = 2; n <= sizes.hidden_size(); n += 2) {
+    even.push_back(n);
+  }
+  for (const auto b : detail::divisors(sizes.hidden_size() / 2)) {
+    if (b > 1 && b % 2 == 0) {
+      blocks.push_back(b);
+    }
+  }
+  all.push_back(
+      {"hra", "HRA", "reparameterised", 4e-3, near(even, [](int64_t r) {
+         return HraOptions(r);
+       })});
+  all.push_back(
+      {"oft", "OFT", "reparameterised", 4e-3, near(blocks, [](int64_t b) {
+         return OftOptions().oft_block_size(b);
+       })});
+  all.push_back(
+      {"boft",
+       "BOFT, two factors",
+       "reparameterised",
+       4e-3,
+       near(blocks, [](int64_t b) {
+         return BoftOptions().boft_block_size(b).boft_n_butterfly_factor(2);
+       })});
+  all.push_back(
+      {"fourier_ft",
+       "FourierFT",
+       "reparameterised",
+       1.2e-2,
+       near(detail::up_to(budget / 4), [](int64_t n) {
+         return FourierFtOptions(n).init_weights(true);
        })});
   all.push_back(
       {"intrinsic",
