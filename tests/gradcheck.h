@@ -42,10 +42,8 @@ inline Tensor differences(const std::function<double()>& f, Tensor input) {
 
 /// Whether autograd's gradients of <f(inputs), direction> agree with central
 /// differences for every input that requires grad.
-inline Comparison first_order(
-    const Function& f,
-    const Tensors& inputs,
-    const Tensor& direction) {
+inline Comparison
+first_order(const Function& f, const Tensors& inputs, const Tensor& direction) {
   Tensors leaves;
   for (const auto& t : inputs) {
     if (t.defined() && t.requires_grad()) {
@@ -63,8 +61,9 @@ inline Comparison first_order(
     auto same = close(grad, expected, 1e-7, 1e-7);
     if (!same) {
       return {
-          false, "input " + std::to_string(i) + " of those that require grad: " +
-              same.message};
+          false,
+          "input " + std::to_string(i) +
+              " of those that require grad: " + same.message};
     }
   }
   return {true, "gradients agree with finite differences"};

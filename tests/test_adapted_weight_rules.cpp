@@ -68,7 +68,10 @@ TEST_CASE("set_data: the target keeps its adapter, the source stays plain") {
       {"detach", [](const Tensor& w) { return w.detach() + 0; }},
       {"to", [](const Tensor& w) { return w.to(torch::kFloat); }},
       {"data", [](const Tensor& w) { return w.data() + 0; }},
-      {"list", [](const Tensor& w) { return at::cat({w, w}); }},
+      {"list",
+       [](const Tensor& w) {
+         return at::cat({w, w});
+       }},
       {"another set_data",
        [](const Tensor& w) {
          Tensor other = torch::zeros({6, 4}, f64);
@@ -93,7 +96,8 @@ TEST_CASE("set_data: the target keeps its adapter, the source stays plain") {
   });
 }
 
-TEST_CASE("a plain tensor that is given an adapted one's data becomes adapted") {
+TEST_CASE(
+    "a plain tensor that is given an adapted one's data becomes adapted") {
   seed(2);
   Adapted a;
   nn::Linear other(4, 6);
@@ -157,8 +161,12 @@ TEST_CASE("aliases of every kind over merge count the change once") {
   Adapted a;
   const Tensor E = a.value().detach(), x = draw({3, 4});
   const std::vector<Tensor> held = {
-      a.w().data(), a.w().detach(), a.w().variable_data(), at::alias(a.w()),
-      a.w().t().t(), a.w().view({24}).view({6, 4})};
+      a.w().data(),
+      a.w().detach(),
+      a.w().variable_data(),
+      at::alias(a.w()),
+      a.w().t().t(),
+      a.w().view({24}).view({6, 4})};
   auto check = [&](const Tensor& expected) {
     torch::NoGradGuard no_grad;
     for (const auto& w : held) {
@@ -198,14 +206,20 @@ TEST_CASE("a merged adapter refuses to train") {
   Adapted a;
   a.adapter.merge();
   const std::vector<adapted::Access> uses = {
-      {"layer", [&](const Tensor&) { return a.linear(draw({3, 4})); }},
-      {"3-D", [&](const Tensor&) { return a.linear(draw({2, 3, 4})); }},
+      {"layer",
+       [&](const Tensor&) {
+         return a.linear(draw({3, 4}));
+       }},
+      {"3-D",
+       [&](const Tensor&) {
+         return a.linear(draw({2, 3, 4}));
+       }},
       {"w + 0", [](const Tensor& w) { return w + 0; }},
       {"view", [](const Tensor& w) { return w.narrow(0, 1, 2) * 2; }},
   };
   for_each_row(uses, [&](const adapted::Access& use) {
-    CHECK(contains(
-        error_of([&] { use.of(a.w()).sum().backward(); }), "merged"));
+    CHECK(
+        contains(error_of([&] { use.of(a.w()).sum().backward(); }), "merged"));
   });
   a.adapter.set_trainable(false);
   auto x = draw({3, 4}).set_requires_grad(true);
@@ -218,7 +232,8 @@ TEST_CASE("tied weights are adapted once, and both names are told") {
   struct Words : nn::Module {
     nn::Embedding table{register_module("table", nn::Embedding(7, 4))};
     nn::Linear head{register_module(
-        "head", nn::Linear(nn::LinearOptions(4, 7).bias(false)))};
+        "head",
+        nn::Linear(nn::LinearOptions(4, 7).bias(false)))};
   };
   auto words = std::make_shared<Words>();
   SECTION("by storage") {
@@ -241,12 +256,12 @@ TEST_CASE("tied weights are adapted once, and both names are told") {
   const Tensor y = words->head(words->table(index));
   CHECK(all_close(
       gradients(y, adapter.parameters()),
-      gradients(
-          at::linear(at::embedding(E, index), E), adapter.parameters())));
+      gradients(at::linear(at::embedding(E, index), E), adapter.parameters())));
   CHECK(contains(warnings.text, "tied"));
   CHECK(contains(warnings.text, "head.weight"));
-  CHECK(adapter.sites()[0].parameters ==
-        std::vector<std::string>{"table.weight", "head.weight"});
+  CHECK(
+      adapter.sites()[0].parameters ==
+      std::vector<std::string>{"table.weight", "head.weight"});
   adapter.merge();
   torch::NoGradGuard no_grad;
   CHECK(close(words->head(x), at::linear(x, E)));
@@ -284,10 +299,19 @@ TEST_CASE("changing the shape under an adapter is refused") {
       {"transpose_", [](Tensor w) { w.transpose_(0, 1); }},
       {"swapaxes_", [](Tensor w) { w.swapaxes_(0, 1); }},
       {"unsqueeze_", [](Tensor w) { w.unsqueeze_(0); }},
-      {"as_strided_", [](Tensor w) { w.as_strided_({4, 6}, {6, 1}); }},
-      {"resize_", [](Tensor w) { w.resize_({4, 6}); }},
+      {"as_strided_",
+       [](Tensor w) {
+         w.as_strided_({4, 6}, {6, 1});
+       }},
+      {"resize_",
+       [](Tensor w) {
+         w.resize_({4, 6});
+       }},
       {"resize_as_", [](Tensor w) { w.resize_as_(torch::zeros({2})); }},
-      {"set_", [](Tensor w) { w.set_(torch::zeros({4, 6}, f64)); }},
+      {"set_",
+       [](Tensor w) {
+         w.set_(torch::zeros({4, 6}, f64));
+       }},
       {"set_ to nothing", [](Tensor w) { w.set_(); }},
   };
   for_each_row(changes, [&](const Change& change) {
@@ -309,8 +333,12 @@ TEST_CASE("changing the shape under an adapter is refused") {
     }
     for (const auto& use : std::vector<std::function<void()>>{
              [&] { (void)(a.w() + 0); },
-             [&] { (void)at::linear(draw({3, 6}), a.w()); },
-             [&] { (void)a.linear(draw({3, 4})); },
+             [&] {
+               (void)at::linear(draw({3, 6}), a.w());
+             },
+             [&] {
+               (void)a.linear(draw({3, 4}));
+             },
              [&] { a.adapter.merge(); }}) {
       CHECK(error_of(use) != "");
     }
@@ -319,7 +347,8 @@ TEST_CASE("changing the shape under an adapter is refused") {
 
 // ~~~~ A base that trains ~~~~
 
-TEST_CASE("a base that requires grad gets its gradient, its hooks and its step") {
+TEST_CASE(
+    "a base that requires grad gets its gradient, its hooks and its step") {
   seed(20);
   struct Use {
     std::string name;
@@ -330,26 +359,35 @@ TEST_CASE("a base that requires grad gets its gradient, its hooks and its step")
       {"linear, 2-D", [&](auto& w, auto& b) { return at::linear(x, w, b); }},
       {"linear, 3-D",
        [&](auto& w, auto& b) { return at::linear(x.unsqueeze(0), w, b); }},
-      {"F::linear, 2-D", [&](auto& w, auto& b) {
-         return nn::functional::linear(x, w, b);
-       }},
-      {"F::linear, 3-D", [&](auto& w, auto& b) {
+      {"F::linear, 2-D",
+       [&](auto& w, auto& b) { return nn::functional::linear(x, w, b); }},
+      {"F::linear, 3-D",
+       [&](auto& w, auto& b) {
          return nn::functional::linear(x.unsqueeze(0), w, b);
        }},
       {"w * 2", [](auto& w, auto&) { return w * 2; }},
-      {"rows", [&](auto& w, auto&) { return at::linear(x, w.narrow(0, 1, 3)); }},
+      {"rows",
+       [&](auto& w, auto&) { return at::linear(x, w.narrow(0, 1, 3)); }},
       {"a view of a view",
-       [](auto& w, auto&) { return w.t().narrow(0, 1, 2).reshape({-1}).exp(); }},
-      {"to another dtype", [&](auto& w, auto&) {
+       [](auto& w, auto&) {
+         return w.t().narrow(0, 1, 2).reshape({-1}).exp();
+       }},
+      {"to another dtype",
+       [&](auto& w, auto&) {
          return at::linear(x.to(torch::kFloat), w.to(torch::kFloat));
        }},
-      {"embedding", [](auto& w, auto&) {
+      {"embedding",
+       [](auto& w, auto&) {
          return at::embedding(w, torch::tensor({0, 5, 5}));
        }},
-      {"conv1d of a view", [&](auto& w, auto&) {
+      {"conv1d of a view",
+       [&](auto& w, auto&) {
          return at::conv1d(x.view({1, 2, 6}), w.view({6, 2, 2}));
        }},
-      {"a list", [&](auto& w, auto&) { return at::cat({w, w}); }},
+      {"a list",
+       [&](auto& w, auto&) {
+         return at::cat({w, w});
+       }},
   };
   for (const bool enabled : {true, false}) {
     for_each_row(uses, [&](const Use& use) {
@@ -414,8 +452,7 @@ TEST_CASE("a model made in inference mode trains its adapter") {
     linear = nn::Linear(4, 6);
     linear->to(f64);
   }
-  const Tensor W = peft::base(linear->weight).clone(),
-               b = linear->bias.clone();
+  const Tensor W = peft::base(linear->weight).clone(), b = linear->bias.clone();
   auto adapter = peft::attach(*linear, adapted::acting());
   const auto& delta = adapted::lora(adapter);
   CHECK(!delta.lora_A.is_inference());
@@ -515,7 +552,9 @@ def penalty(self, x):
 
 } // namespace
 
-TEST_CASE("TorchScript: training under the optimising executor is refused, every run") {
+TEST_CASE(
+    "TorchScript: training under the optimising executor is refused, every "
+    "run") {
   seed(40);
   Adapted a;
   auto module = script_of(a.linear);
@@ -539,14 +578,16 @@ TEST_CASE("TorchScript: training without the optimiser has every gradient") {
     const Tensor y = module.forward({x}).toTensor();
     const Tensor expected = at::linear(x, a.value(), a.b).tanh();
     CHECK(close(y, expected));
-    CHECK(all_close(
-        gradients(y, a.factors()), gradients(expected, a.factors())));
+    CHECK(
+        all_close(gradients(y, a.factors()), gradients(expected, a.factors())));
   }
   const Tensor p = module.get_method("penalty")({draw({3, 4})}).toTensor();
   CHECK(gradients(p, a.factors())[0].defined());
 }
 
-TEST_CASE("TorchScript: inference is right under the optimiser, through every switch") {
+TEST_CASE(
+    "TorchScript: inference is right under the optimiser, through every "
+    "switch") {
   seed(42);
   Adapted a;
   auto module = script_of(a.linear);
@@ -555,8 +596,8 @@ TEST_CASE("TorchScript: inference is right under the optimiser, through every sw
   const Tensor x = draw({3, 4});
   auto check = [&](const Tensor& W) {
     for (int run = 0; run < 3; ++run) {
-      CHECK(close(
-          module.forward({x}).toTensor(), at::linear(x, W, a.b).tanh()));
+      CHECK(
+          close(module.forward({x}).toTensor(), at::linear(x, W, a.b).tanh()));
     }
   };
   check(a.value());
@@ -648,7 +689,8 @@ class ForwardMode {
 
   Tensor dual(const Tensor& t) const {
     return at::_make_dual(
-        t.detach(), torch::randn(t.sizes(), t.options()),
+        t.detach(),
+        torch::randn(t.sizes(), t.options()),
         static_cast<int64_t>(level_));
   }
   Tensor tangent(const Tensor& t) const {
@@ -676,7 +718,8 @@ TEST_CASE("forward-mode derivatives in x, A and B") {
       delta.lora_B = a.B = which & 4 ? mode.dual(B) : B;
       const std::vector<std::pair<Tensor, Tensor>> results = {
           {a.linear(x), at::linear(x, a.value(), a.b)},
-          {a.linear(x.unsqueeze(0)), at::linear(x.unsqueeze(0), a.value(), a.b)},
+          {a.linear(x.unsqueeze(0)),
+           at::linear(x.unsqueeze(0), a.value(), a.b)},
           {x.sum() * a.w(), x.sum() * a.value()},
           {at::matmul(x, a.w().narrow(0, 1, 2).t()),
            at::matmul(x, a.value().narrow(0, 1, 2).t())}};
@@ -730,10 +773,13 @@ TEST_CASE("vmap over the input of an adapted layer") {
   const std::vector<Use> uses = {
       {"linear", [](auto& t, auto& w, auto& b) { return at::linear(t, w, b); }},
       {"F::linear",
-       [](auto& t, auto& w, auto& b) { return nn::functional::linear(t, w, b); }},
+       [](auto& t, auto& w, auto& b) {
+         return nn::functional::linear(t, w, b);
+       }},
       {"matmul", [](auto& t, auto& w, auto&) { return at::matmul(t, w.t()); }},
       {"arithmetic", [](auto& t, auto& w, auto&) { return t.sum() * w; }},
-      {"one row", [](auto& t, auto& w, auto& b) { return at::linear(t[0], w, b); }},
+      {"one row",
+       [](auto& t, auto& w, auto& b) { return at::linear(t[0], w, b); }},
   };
   for_each_row(uses, [&](const Use& use) {
     std::vector<Tensor> rows;
@@ -747,8 +793,8 @@ TEST_CASE("vmap over the input of an adapted layer") {
         c10::SymInt(5),
         at::functorch::RandomnessType::Error);
     const std::string error = error_of([&] {
-      const Tensor batched =
-          use.of(at::functorch::makeBatched(x, 0, level), a.w(), a.linear->bias);
+      const Tensor batched = use.of(
+          at::functorch::makeBatched(x, 0, level), a.w(), a.linear->bias);
       const auto [value, dim] =
           at::functorch::unwrapTensorAtLevel(batched, level);
       REQUIRE(dim.has_value());
@@ -758,8 +804,8 @@ TEST_CASE("vmap over the input of an adapted layer") {
     CHECK(error == "");
     REQUIRE(y.defined());
     CHECK(close(y, expected));
-    CHECK(all_close(
-        gradients(y, a.factors()), gradients(expected, a.factors())));
+    CHECK(
+        all_close(gradients(y, a.factors()), gradients(expected, a.factors())));
   });
 }
 
@@ -834,8 +880,8 @@ peft::Adapter attach_output(
   peft::detail::Plan plan;
   plan.method = "TEST";
   for (const auto& [path, delta] : wanted) {
-    const Tensor bias = peft::detail::parameter_at(
-        peft::detail::base_parameters(model), path);
+    const Tensor bias =
+        peft::detail::parameter_at(peft::detail::base_parameters(model), path);
     plan.sites.push_back({path, path, path, bias, delta});
   }
   return peft::detail::commit(model, name, std::move(plan));
@@ -853,13 +899,12 @@ struct HoulsbyLayer {
 
   peft::Adapter attach() {
     return attach_output(
-        *layer,
-        {{"self_attn.out_proj.bias", first}, {"linear2.bias", second}});
+        *layer, {{"self_attn.out_proj.bias", first}, {"linear2.bias", second}});
   }
   /// The layer written by hand, with the two bottlenecks in their places.
   Tensor by_hand(const Tensor& x) {
-    auto t = layer->norm1(
-        x + first->apply(std::get<0>(layer->self_attn(x, x, x))));
+    auto t =
+        layer->norm1(x + first->apply(std::get<0>(layer->self_attn(x, x, x))));
     return layer->norm2(
         t + second->apply(layer->linear2(at::relu(layer->linear1(t)))));
   }
@@ -876,7 +921,8 @@ struct HoulsbyLayer {
 
 } // namespace
 
-TEST_CASE("bottlenecks on the biases of an unmodified TransformerEncoderLayer") {
+TEST_CASE(
+    "bottlenecks on the biases of an unmodified TransformerEncoderLayer") {
   seed(50);
   HoulsbyLayer h;
   auto x = draw({5, 2, 8}).set_requires_grad(true);
@@ -950,7 +996,8 @@ TEST_CASE("bottlenecks under autocast") {
   CHECK(close(y, expected, 2e-2, 2e-2));
 }
 
-TEST_CASE("ten training steps of bottlenecks equal those of the written-out layer") {
+TEST_CASE(
+    "ten training steps of bottlenecks equal those of the written-out layer") {
   auto train = [](bool attached) {
     seed(52);
     HoulsbyLayer h;
@@ -985,7 +1032,8 @@ TEST_CASE("an output transform acts wherever the bias is added") {
   const Tensor& bias = linear->bias;
   const std::vector<adapted::Access> places = {
       {"layer", [&](const Tensor& v) { return linear(v); }},
-      {"layer, 3-D", [&](const Tensor& v) { return linear(v.unsqueeze(0))[0]; }},
+      {"layer, 3-D",
+       [&](const Tensor& v) { return linear(v.unsqueeze(0))[0]; }},
       {"linear", [&](const Tensor& v) { return at::linear(v, W, bias); }},
       {"addmm", [&](const Tensor& v) { return at::addmm(bias, v, W.t()); }},
       {"y + bias", [&](const Tensor& v) { return at::mm(v, W.t()) + bias; }},
@@ -996,7 +1044,9 @@ TEST_CASE("an output transform acts wherever the bias is added") {
          return y += bias;
        }},
       {"a view of the bias",
-       [&](const Tensor& v) { return at::mm(v, W.t()) + bias.view({1, 6}); }},
+       [&](const Tensor& v) {
+         return at::mm(v, W.t()) + bias.view({1, 6});
+       }},
       {"a moved bias",
        [&](const Tensor& v) {
          return at::linear(v, W, bias.to(torch::kFloat).to(f64));
@@ -1006,9 +1056,9 @@ TEST_CASE("an output transform acts wherever the bias is added") {
     const Tensor y = place.of(x);
     CHECK(close(y, expected, 1e-6, 1e-6));
     CHECK(all_close(
-        gradients(bottleneck->apply(at::linear(x, W, b)), bottleneck->parameters()),
         gradients(
-            at::linear(x, W, bias), bottleneck->parameters())));
+            bottleneck->apply(at::linear(x, W, b)), bottleneck->parameters()),
+        gradients(at::linear(x, W, bias), bottleneck->parameters())));
   });
   CHECK(close(linear(x[0]), expected[0]));
   adapter.set_scale(0.5);
@@ -1024,20 +1074,29 @@ TEST_CASE("an output transform acts on convolutions and normalisation") {
     CHECK(close(holder(x), plain * 2));
   };
   doubles(nn::Conv1d(4, 4, 1), draw({1, 4, 5}));
-  doubles(nn::Conv2d(nn::Conv2dOptions(4, 4, 3).padding(1)), draw({1, 4, 5, 5}));
-  doubles(nn::Conv2d(nn::Conv2dOptions(4, 4, 3).padding(1).padding_mode(torch::kCircular)), draw({1, 4, 5, 5}));
-  doubles(nn::Conv2d(nn::Conv2dOptions(4, 4, 3).padding(torch::kSame)), draw({1, 4, 5, 5}));
+  doubles(
+      nn::Conv2d(nn::Conv2dOptions(4, 4, 3).padding(1)), draw({1, 4, 5, 5}));
+  doubles(
+      nn::Conv2d(
+          nn::Conv2dOptions(4, 4, 3).padding(1).padding_mode(torch::kCircular)),
+      draw({1, 4, 5, 5}));
+  doubles(
+      nn::Conv2d(nn::Conv2dOptions(4, 4, 3).padding(torch::kSame)),
+      draw({1, 4, 5, 5}));
   doubles(nn::Conv3d(2, 2, 1), draw({1, 2, 3, 3, 3}));
   doubles(nn::ConvTranspose2d(4, 4, 2), draw({1, 4, 3, 3}));
   doubles(nn::LayerNorm(nn::LayerNormOptions({4})), draw({3, 4}));
 }
 
-TEST_CASE("an operator that does not say where the output is refuses, readers do not") {
+TEST_CASE(
+    "an operator that does not say where the output is refuses, readers do "
+    "not") {
   seed(55);
   nn::Linear linear(4, 6);
   linear->to(f64);
   const Tensor b = linear->bias.detach().clone();
-  auto adapter = attach_output(*linear, {{"bias", std::make_shared<Bottleneck>(6)}});
+  auto adapter =
+      attach_output(*linear, {{"bias", std::make_shared<Bottleneck>(6)}});
   const Tensor& bias = linear->bias;
   struct Use {
     std::string name;
@@ -1045,23 +1104,37 @@ TEST_CASE("an operator that does not say where the output is refuses, readers do
   };
   const std::vector<Use> refused = {
       {"bias * 2", [](const Tensor& v) { return v * 2; }},
-      {"cat", [](const Tensor& v) { return at::cat({v, v}); }},
-      {"sub", [](const Tensor& v) { return draw({3, 6}) - v; }},
-      {"bilinear", [](const Tensor& v) {
+      {"cat",
+       [](const Tensor& v) {
+         return at::cat({v, v});
+       }},
+      {"sub",
+       [](const Tensor& v) {
+         return draw({3, 6}) - v;
+       }},
+      {"bilinear",
+       [](const Tensor& v) {
          return at::bilinear(draw({2, 3}), draw({2, 4}), draw({6, 3, 4}), v);
        }},
-      {"batch_norm", [](const Tensor& v) {
-         return at::batch_norm(draw({3, 6}), {}, v, {}, {}, true, 0.1, 1e-5, false);
+      {"batch_norm",
+       [](const Tensor& v) {
+         return at::batch_norm(
+             draw({3, 6}), {}, v, {}, {}, true, 0.1, 1e-5, false);
        }},
-      {"a view of it", [](const Tensor& v) { return v.view({2, 3}).exp(); }},
+      {"a view of it",
+       [](const Tensor& v) {
+         return v.view({2, 3}).exp();
+       }},
   };
   for_each_row(refused, [&](const Use& use) {
     CHECK(contains(error_of([&] { use.of(bias); }), "peft: "));
   });
   const std::vector<Use> readers = {
       {"clone", [](const Tensor& v) { return v.clone(); }},
-      {"copy_", [](const Tensor& v) { return torch::zeros({6}, f64).copy_(v); }},
-      {"to", [](const Tensor& v) { return peft::base(v.to(torch::kFloat)).to(f64); }},
+      {"copy_",
+       [](const Tensor& v) { return torch::zeros({6}, f64).copy_(v); }},
+      {"to",
+       [](const Tensor& v) { return peft::base(v.to(torch::kFloat)).to(f64); }},
       {"zeros_like", [](const Tensor& v) { return at::zeros_like(v); }},
       {"detach", [](const Tensor& v) { return v.detach().clone(); }},
   };
@@ -1108,7 +1181,8 @@ TEST_CASE("a layer without a bias has no place for an output transform") {
 
 // ~~~~ Refusals ~~~~
 
-TEST_CASE("an embedding with max_norm is refused at attach and at the operator") {
+TEST_CASE(
+    "an embedding with max_norm is refused at attach and at the operator") {
   seed(60);
   nn::Embedding table(nn::EmbeddingOptions(9, 4).max_norm(0.5));
   nn::EmbeddingBag bag(nn::EmbeddingBagOptions(9, 4).max_norm(0.5));
@@ -1120,7 +1194,8 @@ TEST_CASE("an embedding with max_norm is refused at attach and at the operator")
       error_of([&] { peft::attach(*table, adapted::acting({"weight"})); }),
       "max_norm"));
   CHECK(contains(
-      error_of([&] { peft::attach(*bag, adapted::acting({""})); }), "max_norm"));
+      error_of([&] { peft::attach(*bag, adapted::acting({""})); }),
+      "max_norm"));
   CHECK(!peft::is_adapted(table->weight));
   CHECK(table->weight.requires_grad());
   CHECK(table->children().empty());
@@ -1129,12 +1204,13 @@ TEST_CASE("an embedding with max_norm is refused at attach and at the operator")
   const Tensor before = later->weight.detach().clone();
   auto adapter = peft::attach(*later, adapted::acting({"weight"}));
   later->options.max_norm(0.5);
-  CHECK(contains(
-      error_of([&] { later(torch::tensor({1, 2})); }), "max_norm"));
+  CHECK(contains(error_of([&] { later(torch::tensor({1, 2})); }), "max_norm"));
   CHECK(equal_bits(peft::base(later->weight), before));
 }
 
-TEST_CASE("sparse, quantised, integral and one-dimensional weights are refused at attach") {
+TEST_CASE(
+    "sparse, quantised, integral and one-dimensional weights are refused at "
+    "attach") {
   struct Odd : nn::Module {
     explicit Odd(Tensor t) {
       register_parameter("weight", std::move(t), false);
@@ -1177,8 +1253,7 @@ TEST_CASE("threads see one of the allowed values while switches are thrown") {
   const Tensor x = draw({3, 4});
   std::vector<Tensor> allowed;
   for (const double s : {0., 1., 3.}) {
-    allowed.push_back(
-        at::linear(x, a.W + s * (a.value() - a.W), a.b).detach());
+    allowed.push_back(at::linear(x, a.W + s * (a.value() - a.W), a.b).detach());
   }
   std::atomic<bool> stop{false};
   std::atomic<int64_t> calls{0}, odd{0}, failed{0};
@@ -1189,8 +1264,8 @@ TEST_CASE("threads see one of the allowed values while switches are thrown") {
         try {
           torch::AutoGradMode grad(i % 2 == 0);
           Tensor y = i % 3 == 0 ? a.linear(x.unsqueeze(0))[0]
-              : i % 3 == 1     ? a.linear(x)
-                               : at::linear(x, a.w() + 0, a.b);
+              : i % 3 == 1      ? a.linear(x)
+                                : at::linear(x, a.w() + 0, a.b);
           if (y.requires_grad()) {
             torch::autograd::grad({y.sum()}, {a.A, a.B}, {}, {}, false, true);
           }
@@ -1253,11 +1328,11 @@ TEST_CASE("each thread has its own choice of adapters") {
   }
   CHECK(wrong == 0);
   CHECK(close(
-      a.linear(x),
-      at::linear(x, a.W + first_change + second_change, a.b)));
+      a.linear(x), at::linear(x, a.W + first_change + second_change, a.b)));
 }
 
-TEST_CASE("a choice of adapters nests, ends with its scope, and overrides switches") {
+TEST_CASE(
+    "a choice of adapters nests, ends with its scope, and overrides switches") {
   seed(72);
   Adapted a;
   auto is_base = [&] { return bool(close(a.w() + 0, a.W)); };
@@ -1377,7 +1452,8 @@ TEST_CASE("views and attaches leave the storage's count as it was") {
   Adapted a;
   const auto before = a.w().storage().use_count();
   {
-    const Tensor t = a.w().t(), n = a.w().narrow(0, 1, 2), s = t.narrow(1, 0, 2);
+    const Tensor t = a.w().t(), n = a.w().narrow(0, 1, 2),
+                 s = t.narrow(1, 0, 2);
     (void)(n + 0);
     (void)a.linear(draw({3, 4}));
     a.adapter.merge();
@@ -1418,12 +1494,19 @@ TEST_CASE("a failed attach leaves the model untouched") {
   struct Net : nn::Module {
     nn::Linear good{register_module("good", nn::Linear(4, 4))};
     nn::Embedding bad{register_module(
-        "bad", nn::Embedding(nn::EmbeddingOptions(5, 4).max_norm(1.)))};
+        "bad",
+        nn::Embedding(nn::EmbeddingOptions(5, 4).max_norm(1.)))};
   };
   auto net = std::make_shared<Net>();
-  CHECK(error_of([&] { peft::attach(*net, adapted::acting({"good", "bad"})); }) != "");
-  CHECK(error_of([&] { peft::attach(*net, adapted::acting({"good", "none"})); }) != "");
-  CHECK(error_of([&] { peft::attach(*net, adapted::acting({"good"}), "a.b"); }) != "");
+  CHECK(error_of([&] {
+          peft::attach(*net, adapted::acting({"good", "bad"}));
+        }) != "");
+  CHECK(error_of([&] {
+          peft::attach(*net, adapted::acting({"good", "none"}));
+        }) != "");
+  CHECK(error_of([&] {
+          peft::attach(*net, adapted::acting({"good"}), "a.b");
+        }) != "");
   CHECK(net->children().size() == 2);
   CHECK(!peft::is_adapted(net->good->weight));
   for (const auto& p : net->parameters()) {

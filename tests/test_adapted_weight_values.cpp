@@ -36,18 +36,33 @@ const std::vector<Access> layouts = {
 const std::vector<Access> views = {
     {"alias", [](const Tensor& w) { return at::alias(w); }},
     {"view as a vector", [](const Tensor& w) { return w.view({24}); }},
-    {"view in 3-D", [](const Tensor& w) { return w.view({2, 3, 4}); }},
-    {"view_as", [](const Tensor& w) { return w.view_as(torch::empty({6, 4})); }},
-    {"reshape", [](const Tensor& w) { return w.reshape({8, 3}); }},
+    {"view in 3-D",
+     [](const Tensor& w) {
+       return w.view({2, 3, 4});
+     }},
+    {"view_as",
+     [](const Tensor& w) {
+       return w.view_as(torch::empty({6, 4}));
+     }},
+    {"reshape",
+     [](const Tensor& w) {
+       return w.reshape({8, 3});
+     }},
     {"flatten", [](const Tensor& w) { return w.flatten(); }},
     {"ravel", [](const Tensor& w) { return w.ravel(); }},
-    {"unflatten", [](const Tensor& w) { return w.unflatten(0, {2, 3}); }},
+    {"unflatten",
+     [](const Tensor& w) {
+       return w.unflatten(0, {2, 3});
+     }},
     {"t", [](const Tensor& w) { return w.t(); }},
     {"t of t", [](const Tensor& w) { return w.t().t(); }},
     {"numpy_T", [](const Tensor& w) { return w.numpy_T(); }},
     {"mT", [](const Tensor& w) { return w.mT(); }},
     {"transpose", [](const Tensor& w) { return w.transpose(0, 1); }},
-    {"permute", [](const Tensor& w) { return w.permute({1, 0}); }},
+    {"permute",
+     [](const Tensor& w) {
+       return w.permute({1, 0});
+     }},
     {"swapaxes", [](const Tensor& w) { return w.swapaxes(0, 1); }},
     {"movedim", [](const Tensor& w) { return w.movedim(0, 1); }},
     {"narrow, rows", [](const Tensor& w) { return w.narrow(0, 1, 3); }},
@@ -57,7 +72,9 @@ const std::vector<Access> views = {
     {"slice of columns with a step",
      [](const Tensor& w) { return w.slice(1, 1, 4, 2); }},
     {"index with a slice",
-     [](const Tensor& w) { return w.index({Slice(1, 3), Slice()}); }},
+     [](const Tensor& w) {
+       return w.index({Slice(1, 3), Slice()});
+     }},
     {"select", [](const Tensor& w) { return w.select(0, 2); }},
     {"select of a column", [](const Tensor& w) { return w.select(1, 2); }},
     {"w[i]", [](const Tensor& w) { return w[3]; }},
@@ -66,18 +83,31 @@ const std::vector<Access> views = {
     {"chunk of columns", [](const Tensor& w) { return w.chunk(2, 1)[1]; }},
     {"split", [](const Tensor& w) { return w.split(2)[2]; }},
     {"split with sizes",
-     [](const Tensor& w) { return w.split_with_sizes({1, 2, 3})[1]; }},
+     [](const Tensor& w) {
+       return w.split_with_sizes({1, 2, 3})[1];
+     }},
     {"tensor_split", [](const Tensor& w) { return w.tensor_split(4)[1]; }},
     {"vsplit", [](const Tensor& w) { return w.vsplit(2)[1]; }},
     {"hsplit", [](const Tensor& w) { return w.hsplit(2)[1]; }},
     {"unbind", [](const Tensor& w) { return w.unbind()[4]; }},
     {"squeeze", [](const Tensor& w) { return w.squeeze(); }},
     {"unsqueeze", [](const Tensor& w) { return w.unsqueeze(1); }},
-    {"expand", [](const Tensor& w) { return w.expand({1, 6, 4}); }},
+    {"expand",
+     [](const Tensor& w) {
+       return w.expand({1, 6, 4});
+     }},
     {"expand_as",
-     [](const Tensor& w) { return w.expand_as(torch::empty({6, 4})); }},
-    {"broadcast_to", [](const Tensor& w) { return w.broadcast_to({1, 6, 4}); }},
-    {"as_strided", [](const Tensor& w) { return w.as_strided({3, 2}, {4, 1}); }},
+     [](const Tensor& w) {
+       return w.expand_as(torch::empty({6, 4}));
+     }},
+    {"broadcast_to",
+     [](const Tensor& w) {
+       return w.broadcast_to({1, 6, 4});
+     }},
+    {"as_strided",
+     [](const Tensor& w) {
+       return w.as_strided({3, 2}, {4, 1});
+     }},
     {"as_strided by its own strides",
      [](const Tensor& w) { return w.as_strided(w.sizes(), w.strides()); }},
     {"as_strided with an offset",
@@ -106,7 +136,8 @@ const std::vector<Access> views = {
 /// What may follow a view.
 const std::vector<Access> second_views = {
     {"alias", [](const Tensor& v) { return at::alias(v); }},
-    {"reversed", [](const Tensor& v) {
+    {"reversed",
+     [](const Tensor& v) {
        std::vector<int64_t> order;
        for (int64_t d = v.dim() - 1; d >= 0; --d) {
          order.push_back(d);
@@ -150,36 +181,56 @@ const std::vector<Access> reads = {
     {"cumsum", [](const Tensor& w) { return w.cumsum(1); }},
     {"roll", [](const Tensor& w) { return w.roll(1, 0); }},
     {"where", [](const Tensor& w) { return at::where(w > 0, w, w * 3); }},
-    {"reshape that copies", [](const Tensor& w) { return w.t().reshape({24}); }},
-    {"contiguous that copies", [](const Tensor& w) { return w.t().contiguous(); }},
+    {"reshape that copies",
+     [](const Tensor& w) { return w.t().reshape({24}); }},
+    {"contiguous that copies",
+     [](const Tensor& w) { return w.t().contiguous(); }},
     {"index_select",
-     [](const Tensor& w) { return w.index_select(0, torch::tensor({4, 1})); }},
+     [](const Tensor& w) {
+       return w.index_select(0, torch::tensor({4, 1}));
+     }},
     {"index by a tensor",
-     [](const Tensor& w) { return w.index({torch::tensor({0, 5, 5})}); }},
+     [](const Tensor& w) {
+       return w.index({torch::tensor({0, 5, 5})});
+     }},
     {"gather",
      [](const Tensor& w) {
        return w.gather(1, torch::zeros({6, 2}, torch::kLong));
      }},
     {"masked_select",
+     [](const Tensor& w) { return w.masked_select(input(6, 4).gt(0)); }},
+    {"take",
      [](const Tensor& w) {
-       return w.masked_select(input(6, 4).gt(0));
+       return w.take(torch::tensor({23, 0}));
      }},
-    {"take", [](const Tensor& w) { return w.take(torch::tensor({23, 0})); }},
-    {"cat", [](const Tensor& w) { return at::cat({input(6, 4), w, w}); }},
-    {"stack", [](const Tensor& w) { return at::stack({input(6, 4), w}); }},
+    {"cat",
+     [](const Tensor& w) {
+       return at::cat({input(6, 4), w, w});
+     }},
+    {"stack",
+     [](const Tensor& w) {
+       return at::stack({input(6, 4), w});
+     }},
     {"cat of split", [](const Tensor& w) { return at::cat(w.split(4)); }},
     {"copy_ into a plain tensor",
-     [](const Tensor& w) { return torch::zeros({6, 4}, torch::kDouble).copy_(w); }},
+     [](const Tensor& w) {
+       return torch::zeros({6, 4}, torch::kDouble).copy_(w);
+     }},
     {"linear, 2-D", [](const Tensor& w) { return at::linear(input(3, 4), w); }},
     {"linear, 3-D",
-     [](const Tensor& w) { return at::linear(input(6, 4).view({2, 3, 4}), w); }},
+     [](const Tensor& w) {
+       return at::linear(input(6, 4).view({2, 3, 4}), w);
+     }},
     {"linear, 4-D",
      [](const Tensor& w) {
        return at::linear(input(6, 4).view({2, 1, 3, 4}), w);
      }},
-    {"linear, 1-D", [](const Tensor& w) { return at::linear(input(3, 4)[1], w); }},
+    {"linear, 1-D",
+     [](const Tensor& w) { return at::linear(input(3, 4)[1], w); }},
     {"linear with a bias",
-     [](const Tensor& w) { return at::linear(input(3, 4), w, input(1, 6)[0]); }},
+     [](const Tensor& w) {
+       return at::linear(input(3, 4), w, input(1, 6)[0]);
+     }},
     {"linear, no rows",
      [](const Tensor& w) { return at::linear(input(3, 4).slice(0, 0, 0), w); }},
     {"linear of a strided x",
@@ -189,13 +240,21 @@ const std::vector<Access> reads = {
     {"linear, only x is the weight",
      [](const Tensor& w) { return at::linear(w, input(5, 4)); }},
     {"linear, the bias is a row of a weight",
-     [](const Tensor& w) { return at::linear(input(3, 2), input(4, 2), w[1]); }},
+     [](const Tensor& w) {
+       return at::linear(input(3, 2), input(4, 2), w[1]);
+     }},
     {"linear with rows of the weight",
-     [](const Tensor& w) { return at::linear(input(3, 4), w.narrow(0, 1, 4)); }},
+     [](const Tensor& w) {
+       return at::linear(input(3, 4), w.narrow(0, 1, 4));
+     }},
     {"linear with columns of the weight",
-     [](const Tensor& w) { return at::linear(input(3, 2), w.narrow(1, 1, 2)); }},
+     [](const Tensor& w) {
+       return at::linear(input(3, 2), w.narrow(1, 1, 2));
+     }},
     {"linear with every second row",
-     [](const Tensor& w) { return at::linear(input(3, 4), w.slice(0, 1, 6, 2)); }},
+     [](const Tensor& w) {
+       return at::linear(input(3, 4), w.slice(0, 1, 6, 2));
+     }},
     {"linear with the transposed weight",
      [](const Tensor& w) { return at::linear(input(3, 6), w.t()); }},
     {"linear with rows of the transposed weight",
@@ -208,14 +267,16 @@ const std::vector<Access> reads = {
      }},
     {"mm", [](const Tensor& w) { return at::mm(input(3, 6), w); }},
     {"mm with t", [](const Tensor& w) { return at::mm(input(3, 4), w.t()); }},
-    {"mm from the left", [](const Tensor& w) { return at::mm(w, input(4, 3)); }},
+    {"mm from the left",
+     [](const Tensor& w) { return at::mm(w, input(4, 3)); }},
     {"mm with itself", [](const Tensor& w) { return at::mm(w, w.t()); }},
     {"matmul", [](const Tensor& w) { return at::matmul(input(3, 4), w.t()); }},
     {"matmul, 3-D",
      [](const Tensor& w) {
        return at::matmul(input(6, 4).view({2, 3, 4}), w.t());
      }},
-    {"matmul, 1-D", [](const Tensor& w) { return at::matmul(input(3, 6)[0], w); }},
+    {"matmul, 1-D",
+     [](const Tensor& w) { return at::matmul(input(3, 6)[0], w); }},
     {"matmul of w and a vector",
      [](const Tensor& w) { return at::matmul(w, input(3, 4)[0]); }},
     {"matmul of w and 3-D",
@@ -232,7 +293,9 @@ const std::vector<Access> reads = {
        return at::addmm(input(1, 6)[0], input(3, 4), w.t());
      }},
     {"addmm with a matrix",
-     [](const Tensor& w) { return at::addmm(input(3, 6), input(3, 4), w.t()); }},
+     [](const Tensor& w) {
+       return at::addmm(input(3, 6), input(3, 4), w.t());
+     }},
     {"addmm with beta and alpha",
      [](const Tensor& w) {
        return at::addmm(input(1, 6)[0], input(3, 4), w.t(), 0.5, 3);
@@ -244,7 +307,9 @@ const std::vector<Access> reads = {
        return input(3, 6).clone().addmm_(input(3, 4), w.t());
      }},
     {"einsum",
-     [](const Tensor& w) { return at::einsum("ij,kj->ik", {input(3, 4), w}); }},
+     [](const Tensor& w) {
+       return at::einsum("ij,kj->ik", {input(3, 4), w});
+     }},
     {"tensordot",
      [](const Tensor& w) { return at::tensordot(input(3, 4), w, {1}, {1}); }},
     {"bmm of an expanded transpose",
@@ -312,8 +377,7 @@ const std::vector<Write> writes = {
     {"w[i].fill_", [](Tensor w) { w[0].fill_(1); }},
     {"w[i][j] = ", [](Tensor w) { w[2][3] = 9; }},
     {"narrow.zero_", [](Tensor w) { w.narrow(0, 0, 2).zero_(); }},
-    {"view(-1).copy_",
-     [](Tensor w) { w.view(-1).copy_(input(1, 24)[0]); }},
+    {"view(-1).copy_", [](Tensor w) { w.view(-1).copy_(input(1, 24)[0]); }},
     {"t().copy_", [](Tensor w) { w.t().copy_(input(4, 6)); }},
     {"t()[0].zero_", [](Tensor w) { w.t()[0].zero_(); }},
     {"as_strided.zero_", [](Tensor w) { w.as_strided({2}, {1}).zero_(); }},
@@ -322,20 +386,26 @@ const std::vector<Write> writes = {
     {"variable_data().mul_", [](Tensor w) { w.variable_data().mul_(2); }},
     {"tensor_data().mul_", [](Tensor w) { w.tensor_data().mul_(2); }},
     {"index_put_",
-     [](Tensor w) { w.index_put_({torch::tensor({1, 3})}, input(1, 4)[0]); }},
+     [](Tensor w) {
+       w.index_put_({torch::tensor({1, 3})}, input(1, 4)[0]);
+     }},
     {"index_put_ that accumulates",
      [](Tensor w) {
        w.index_put_({torch::tensor({1, 1})}, input(1, 4)[0], true);
      }},
     {"index_fill_",
-     [](Tensor w) { w.index_fill_(0, torch::tensor({0, 5}), -1); }},
+     [](Tensor w) {
+       w.index_fill_(0, torch::tensor({0, 5}), -1);
+     }},
     {"index_add_",
      [](Tensor w) {
        w.index_add_(0, torch::tensor({0, 5}), input(2, 4));
      }},
     {"masked_fill_", [](Tensor w) { w.masked_fill_(input(6, 4).gt(0), 4); }},
     {"scatter_",
-     [](Tensor w) { w.scatter_(0, torch::zeros({1, 4}, torch::kLong), 2); }},
+     [](Tensor w) {
+       w.scatter_(0, torch::zeros({1, 4}, torch::kLong), 2);
+     }},
     {"fill_diagonal_", [](Tensor w) { w.fill_diagonal_(8); }},
     {"clamp_", [](Tensor w) { w.clamp_(-0.1, 0.1); }},
     {"lerp_", [](Tensor w) { w.lerp_(input(6, 4), 0.25); }},
@@ -350,7 +420,9 @@ const std::vector<Write> writes = {
     {"mul_ by itself", [](Tensor w) { w.mul_(w); }},
     {"add_ of itself", [](Tensor w) { w.add_(w, 2); }},
     {"div_ by a view of itself",
-     [](Tensor w) { w.div_(w.view({24}).view({6, 4})); }},
+     [](Tensor w) {
+       w.div_(w.view({24}).view({6, 4}));
+     }},
     {"copy_ of its own rows",
      [](Tensor w) { w.narrow(0, 0, 2).copy_(w.narrow(0, 4, 2)); }},
     {"lerp_ with itself", [](Tensor w) { w.lerp_(w, 0.5); }},
@@ -361,7 +433,9 @@ const std::vector<Write> writes = {
     {"mm_out(w, x, y)",
      [](Tensor w) { at::mm_out(w, input(6, 3), input(3, 4)); }},
     {"cat_out(w, ...)",
-     [](Tensor w) { at::cat_out(w, {input(2, 4), input(4, 4)}); }},
+     [](Tensor w) {
+       at::cat_out(w, {input(2, 4), input(4, 4)});
+     }},
     {"relu_", [](Tensor w) { w.relu_(); }},
     {"_foreach_add_", [](Tensor w) { at::_foreach_add_({w}, 1.0); }},
     {"_foreach_mul_ beside a plain one",
@@ -372,7 +446,9 @@ const std::vector<Write> writes = {
      [](Tensor w) { at::_foreach_copy_({w}, {input(6, 4)}); }},
     {"_foreach_zero_", [](Tensor w) { at::_foreach_zero_({w}); }},
     {"_foreach_add_ of itself",
-     [](Tensor w) { at::_foreach_add_(std::vector<Tensor>{w}, std::vector<Tensor>{w}, 2.0); }},
+     [](Tensor w) {
+       at::_foreach_add_(std::vector<Tensor>{w}, std::vector<Tensor>{w}, 2.0);
+     }},
     {"_foreach_lerp_ towards a copy",
      [](Tensor w) { at::_foreach_lerp_({w}, {input(6, 4)}, 0.1); }},
     {"_fused_sgd_",
@@ -509,8 +585,8 @@ TEST_CASE("reads of a merged weight give the merged base, once") {
     });
     for (size_t i = 0; i < views.size(); ++i) {
       INFO("held since before: " << views[i].name);
-      const auto error = error_of(
-          [&] { CHECK(close(held[i] + 0, views[i].of(E))); });
+      const auto error =
+          error_of([&] { CHECK(close(held[i] + 0, views[i].of(E))); });
       CHECK(error == "");
     }
   };
@@ -546,11 +622,14 @@ TEST_CASE("a write to an adapted weight lands on the base") {
     CHECK(equal_bits(peft::base(a.w()), expected));
     CHECK(peft::is_adapted(a.w()));
     CHECK(close(a.w() + 0, expected + change));
-    CHECK(close(a.linear(input(3, 4)), at::linear(input(3, 4), expected + change, a.b)));
+    CHECK(close(
+        a.linear(input(3, 4)),
+        at::linear(input(3, 4), expected + change, a.b)));
     CHECK(equal_bits(a.A, A));
     CHECK(equal_bits(a.B, B));
     // A change that autograd would notice on a plain tensor is noticed here.
-    CHECK((a.w()._version() > version) == (expected._version() > plain_version));
+    CHECK(
+        (a.w()._version() > version) == (expected._version() > plain_version));
   });
 }
 
@@ -570,12 +649,14 @@ TEST_CASE("writes between adapted weights") {
   }
   SECTION("out= is another adapted weight") {
     const Tensor out = other.w();
-    at::mul_out(const_cast<Tensor&>(out), a.w(), at::full({1}, 2., torch::kDouble));
+    at::mul_out(
+        const_cast<Tensor&>(out), a.w(), at::full({1}, 2., torch::kDouble));
     CHECK(close(peft::base(other.w()), 2 * a.value()));
     CHECK(equal_bits(peft::base(a.w()), a.W));
     CHECK(peft::is_adapted(other.w()));
   }
-  SECTION("a list in which both stand: a read that is also written is the base") {
+  SECTION(
+      "a list in which both stand: a read that is also written is the base") {
     at::_foreach_copy_({a.w(), other.w()}, {other.w(), input(6, 4)});
     CHECK(equal_bits(peft::base(a.w()), other.W));
     CHECK(equal_bits(peft::base(other.w()), input(6, 4)));
@@ -588,7 +669,8 @@ TEST_CASE("writes between adapted weights") {
   }
 }
 
-TEST_CASE("data, variable_data and tensor_data show the value and reach the base") {
+TEST_CASE(
+    "data, variable_data and tensor_data show the value and reach the base") {
   seed(9);
   Adapted a;
   const std::vector<Access> aliases = {
@@ -601,7 +683,8 @@ TEST_CASE("data, variable_data and tensor_data show the value and reach the base
     CHECK(d.is_alias_of(a.w()));
     CHECK(!d.requires_grad());
     CHECK(close(d + 0, a.value()));
-    CHECK(close(at::linear(input(3, 4), d), at::linear(input(3, 4), a.value())));
+    CHECK(
+        close(at::linear(input(3, 4), d), at::linear(input(3, 4), a.value())));
   });
 }
 
@@ -672,7 +755,12 @@ TEST_CASE("to() another dtype keeps the adapter") {
   SECTION("Module::to there and back") {
     a.linear->to(torch::kDouble);
     CHECK(a.w().scalar_type() == torch::kDouble);
-    CHECK(close(a.linear(input(3, 4)), at::linear(input(3, 4), a.value().to(torch::kDouble), a.b.to(torch::kDouble)), 1e-6, 1e-6));
+    CHECK(close(
+        a.linear(input(3, 4)),
+        at::linear(
+            input(3, 4), a.value().to(torch::kDouble), a.b.to(torch::kDouble)),
+        1e-6,
+        1e-6));
     a.linear->to(torch::kFloat);
     CHECK(equal_bits(peft::base(a.w()), a.W));
     const auto x = input(3, 4).to(torch::kFloat);
@@ -691,7 +779,8 @@ TEST_CASE("a bit view reads the value too") {
   seed(12);
   Adapted a;
   CHECK(equal_bits(
-      a.w().view(torch::kLong).clone(), peft::effective(a.w()).detach().view(torch::kLong)));
+      a.w().view(torch::kLong).clone(),
+      peft::effective(a.w()).detach().view(torch::kLong)));
 }
 
 TEST_CASE("shapes and types need no value") {
@@ -703,8 +792,13 @@ TEST_CASE("shapes and types need no value") {
   CHECK(w.is_contiguous());
   CHECK(!w.requires_grad());
   for (const Tensor& like :
-       {at::zeros_like(w), at::ones_like(w), at::empty_like(w), at::randn_like(w),
-        w.new_zeros({2}), w.new_ones({2}), torch::zeros({2}, w.options())}) {
+       {at::zeros_like(w),
+        at::ones_like(w),
+        at::empty_like(w),
+        at::randn_like(w),
+        w.new_zeros({2}),
+        w.new_ones({2}),
+        torch::zeros({2}, w.options())}) {
     CHECK(!peft::is_adapted(like));
     CHECK(like.scalar_type() == torch::kDouble);
   }
@@ -726,8 +820,7 @@ TEST_CASE("printing reads raw storage: print effective() for the value") {
       return stream.str();
     };
     CHECK(text(a.w()) == text(a.W));
-    CHECK(text(peft::effective(a.w()).detach()) ==
-          text((a.w() + 0).detach()));
+    CHECK(text(peft::effective(a.w()).detach()) == text((a.w() + 0).detach()));
   }
 }
 
@@ -773,7 +866,8 @@ TEST_CASE("parameters_to_vector reads values, base() reads the base") {
   CHECK(close(all, a.value().flatten()));
   CHECK(all.requires_grad());
   CHECK(equal_bits(
-      torch::nn::utils::parameters_to_vector({peft::base(a.w())}), a.W.flatten()));
+      torch::nn::utils::parameters_to_vector({peft::base(a.w())}),
+      a.W.flatten()));
 }
 
 // ~~~~ Autograd ~~~~
@@ -783,8 +877,9 @@ TEST_CASE("first and second derivatives through an adapted linear layer") {
   Adapted a;
   const bool with_x = GENERATE(false, true);
   const int dims = GENERATE(2, 3);
-  auto x = (dims == 2 ? input(3, 4).clone() : input(6, 4).clone().view({2, 3, 4}))
-               .set_requires_grad(with_x);
+  auto x =
+      (dims == 2 ? input(3, 4).clone() : input(6, 4).clone().view({2, 3, 4}))
+          .set_requires_grad(with_x);
   std::vector<Tensor> leaves = a.factors();
   if (with_x) {
     leaves.push_back(x);
@@ -841,10 +936,8 @@ namespace {
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
   static inline std::function<Tensor(Tensor)> segment;
 
-  static Tensor forward(
-      torch::autograd::AutogradContext* ctx,
-      Tensor x,
-      Tensor /*anchor*/) {
+  static Tensor
+  forward(torch::autograd::AutogradContext* ctx, Tensor x, Tensor /*anchor*/) {
     ctx->save_for_backward({x});
     return segment(x);
   }
@@ -878,8 +971,9 @@ TEST_CASE("in place on the outputs of an adapted layer") {
   seed(24);
   Adapted a;
   const int dims = GENERATE(2, 3);
-  auto x = (dims == 2 ? input(3, 4).clone() : input(6, 4).clone().view({2, 3, 4}))
-               .set_requires_grad(true);
+  auto x =
+      (dims == 2 ? input(3, 4).clone() : input(6, 4).clone().view({2, 3, 4}))
+          .set_requires_grad(true);
   struct Change {
     std::string name;
     std::function<void(Tensor)> to;
@@ -941,13 +1035,17 @@ TEST_CASE("autocast: dtype and value of every product") {
   Adapted a(torch::kFloat);
   const std::vector<Access> products = {
       {"linear, 2-D",
-       [](const Tensor& w) { return at::linear(input(3, 4).to(torch::kFloat), w); }},
+       [](const Tensor& w) {
+         return at::linear(input(3, 4).to(torch::kFloat), w);
+       }},
       {"linear, 3-D",
        [](const Tensor& w) {
          return at::linear(input(6, 4).to(torch::kFloat).view({2, 3, 4}), w);
        }},
       {"mm",
-       [](const Tensor& w) { return at::mm(input(3, 4).to(torch::kFloat), w.t()); }},
+       [](const Tensor& w) {
+         return at::mm(input(3, 4).to(torch::kFloat), w.t());
+       }},
       {"matmul",
        [](const Tensor& w) {
          return at::matmul(input(3, 4).to(torch::kFloat), w.t());
@@ -994,8 +1092,9 @@ TEST_CASE("autocast: the layer itself, and reads that autocast leaves alone") {
   const auto x = input(3, 4).to(torch::kFloat);
   adapted::Autocast autocast;
   CHECK(a.linear(x).scalar_type() == torch::kBFloat16);
-  CHECK(a.linear(x.view({1, 3, 4})).scalar_type() ==
-        torch::nn::functional::linear(x.view({1, 3, 4}), a.W, a.b).scalar_type());
+  CHECK(
+      a.linear(x.view({1, 3, 4})).scalar_type() ==
+      torch::nn::functional::linear(x.view({1, 3, 4}), a.W, a.b).scalar_type());
   CHECK(close(a.w() + 0, a.value().detach(), 1e-2, 1e-2));
   CHECK((a.w() + 0).scalar_type() == torch::kFloat);
   torch::NoGradGuard no_grad;
@@ -1028,7 +1127,9 @@ TEST_CASE("views made in inference mode serve outside of it") {
   CHECK(all_close(
       gradients(y, a.factors()),
       gradients(at::matmul(input(3, 4), a.value().t()), a.factors())));
-  CHECK(close(at::linear(input(3, 4), rows), at::linear(input(3, 4), a.value().narrow(0, 1, 3))));
+  CHECK(close(
+      at::linear(input(3, 4), rows),
+      at::linear(input(3, 4), a.value().narrow(0, 1, 3))));
 }
 
 TEST_CASE("no value is built where a fast path serves") {
@@ -1038,20 +1139,28 @@ TEST_CASE("no value is built where a fast path serves") {
   const std::vector<Access> fast = {
       {"layer, 2-D", [&](const Tensor&) { return a.linear(input(3, 4)); }},
       {"layer, 3-D",
-       [&](const Tensor&) { return a.linear(input(10, 4).view({2, 5, 4})); }},
+       [&](const Tensor&) {
+         return a.linear(input(10, 4).view({2, 5, 4}));
+       }},
       {"linear", [](const Tensor& w) { return at::linear(input(3, 4), w); }},
       {"mm", [](const Tensor& w) { return at::mm(input(3, 4), w.t()); }},
       {"mm without t", [](const Tensor& w) { return at::mm(input(3, 6), w); }},
-      {"matmul", [](const Tensor& w) { return at::matmul(input(3, 4), w.mT()); }},
+      {"matmul",
+       [](const Tensor& w) { return at::matmul(input(3, 4), w.mT()); }},
       {"addmm",
        [](const Tensor& w) {
          return at::addmm(input(1, 6)[0], input(3, 4), w.numpy_T());
        }},
       {"rows",
-       [](const Tensor& w) { return at::linear(input(3, 4), w.narrow(0, 1, 4)); }},
-      {"chunk", [](const Tensor& w) { return at::linear(input(3, 4), w.chunk(3)[1]); }},
+       [](const Tensor& w) {
+         return at::linear(input(3, 4), w.narrow(0, 1, 4));
+       }},
+      {"chunk",
+       [](const Tensor& w) { return at::linear(input(3, 4), w.chunk(3)[1]); }},
       {"columns of t",
-       [](const Tensor& w) { return at::mm(input(3, 4), w.t().narrow(1, 2, 3)); }},
+       [](const Tensor& w) {
+         return at::mm(input(3, 4), w.t().narrow(1, 2, 3));
+       }},
   };
   for_each_row(fast, [&](const Access& product) {
     const int before = calls->linear;
@@ -1072,8 +1181,7 @@ TEST_CASE("a vector with a trained copy reads as the copy") {
   torch::nn::Linear linear(4, 6);
   linear->to(torch::kDouble);
   const Tensor b = linear->bias.detach().clone();
-  auto adapter =
-      peft::attach(*linear, adapted::acting().bias("lora_only"));
+  auto adapter = peft::attach(*linear, adapted::acting().bias("lora_only"));
   Tensor copy;
   for (const auto& record : adapter.shared_state()->sites) {
     if (record.delta->replaces_base()) {
@@ -1088,11 +1196,15 @@ TEST_CASE("a vector with a trained copy reads as the copy") {
   }
   const std::vector<Access> vector_reads = {
       {"clone", [](const Tensor& v) { return v.clone(); }},
-      {"view", [](const Tensor& v) { return v.view({2, 3}); }},
+      {"view",
+       [](const Tensor& v) {
+         return v.view({2, 3});
+       }},
       {"slice", [](const Tensor& v) { return v.slice(0, 1, 4); }},
       {"x + bias", [](const Tensor& v) { return input(3, 6) + v; }},
       {"x += bias", [](const Tensor& v) { return input(3, 6).clone() += v; }},
-      {"linear", [](const Tensor& v) { return at::linear(input(3, 4), input(6, 4), v); }},
+      {"linear",
+       [](const Tensor& v) { return at::linear(input(3, 4), input(6, 4), v); }},
       {"addmm",
        [](const Tensor& v) { return at::addmm(v, input(3, 4), input(4, 6)); }},
       {"layer_norm",
@@ -1111,8 +1223,7 @@ TEST_CASE("a vector with a trained copy reads as the copy") {
   for_each_row(vector_reads, [&](const Access& read) {
     const Tensor y = read.of(linear->bias);
     CHECK(close(y + 0, read.of(copy)));
-    CHECK(close(
-        gradients(y, {copy})[0], gradients(read.of(copy), {copy})[0]));
+    CHECK(close(gradients(y, {copy})[0], gradients(read.of(copy), {copy})[0]));
   });
   adapter.disable();
   for_each_row(vector_reads, [&](const Access& read) {
@@ -1122,7 +1233,8 @@ TEST_CASE("a vector with a trained copy reads as the copy") {
 
 // ~~~~ The free function against finite differences ~~~~
 
-TEST_CASE("lora_linear agrees with finite differences, first and second order") {
+TEST_CASE(
+    "lora_linear agrees with finite differences, first and second order") {
   const int shape = GENERATE(0, 1, 2, 3);
   const bool has_bias = GENERATE(true, false);
   seed(50);
@@ -1170,8 +1282,7 @@ TEST_CASE("lora_linear agrees with finite differences, first and second order") 
             W + 0.7 * at::mm(B, A),
             has_bias ? std::optional<Tensor>(b) : std::nullopt)));
     CHECK(gradcheck::first_order(f, inputs, expanded));
-    CHECK(gradcheck::first_order(
-        f, inputs, torch::randn(sizes, f64)));
+    CHECK(gradcheck::first_order(f, inputs, torch::randn(sizes, f64)));
     CHECK(gradcheck::second_order(f, inputs, expanded));
   }
 }

@@ -13,16 +13,14 @@ TEST_CASE("weight decay on a base that trains under an adapter") {
 
   linear->weight.set_requires_grad(true);
   auto decaying = sgd(0.1), plain = sgd(0.0);
-  const auto error =
-      error_of([&] { peft::check_optimizer(decaying); });
+  const auto error = error_of([&] { peft::check_optimizer(decaying); });
   CHECK(error.find("weight_decay") != std::string::npos);
   CHECK(error.find("[3, 4]") != std::string::npos);
   CHECK_NOTHROW(peft::check_optimizer(plain));
 
   // AdamW multiplies the base itself: what is left is decayed W, not W + ΔW.
   torch::optim::AdamW adamw(
-      linear->parameters(),
-      torch::optim::AdamWOptions(0.1).weight_decay(0.5));
+      linear->parameters(), torch::optim::AdamWOptions(0.1).weight_decay(0.5));
   CHECK_NOTHROW(peft::check_optimizer(adamw));
   {
     torch::NoGradGuard no_grad;

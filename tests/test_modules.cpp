@@ -9,8 +9,8 @@
 namespace nn = torch::nn;
 using peft::LoraOptions;
 using peft::Targets;
-using torch::Tensor;
 using torch::ScalarType;
+using torch::Tensor;
 
 namespace {
 
@@ -58,18 +58,18 @@ Case row(
         }
         holder->to(dtype);
         holder->eval();
-        return Built{
-            holder.ptr(), [holder, call, dtype]() mutable {
-              torch::manual_seed(77);
-              return call(holder, dtype);
-            }};
+        return Built{holder.ptr(), [holder, call, dtype]() mutable {
+                       torch::manual_seed(77);
+                       return call(holder, dtype);
+                     }};
       }};
 }
 
 /// The root module and everything below it that has a matrix.
 LoraOptions root(int64_t r = 2) {
-  return LoraOptions(r).alpha(2. * static_cast<double>(r)).targets(
-      Targets::where([](const std::string& name, const nn::Module&) {
+  return LoraOptions(r)
+      .alpha(2. * static_cast<double>(r))
+      .targets(Targets::where([](const std::string& name, const nn::Module&) {
         return name.empty();
       }));
 }
@@ -83,7 +83,11 @@ LoraOptions names(Targets targets) {
 }
 
 template <class Conv, class Options>
-Case conv(std::string name, Options options, std::vector<int64_t> input, int64_t r = 2) {
+Case conv(
+    std::string name,
+    Options options,
+    std::vector<int64_t> input,
+    int64_t r = 2) {
   return row<Conv>(
       std::move(name),
       root(r),
@@ -114,50 +118,97 @@ Tensor attend(
 std::vector<Case> linear_cases() {
   const auto linear = [] { return nn::Linear(5, 7); };
   return {
-      row<nn::Linear>("Linear, 2-D", root(), Path::fast, linear,
-                      [](nn::Linear& m, ScalarType t) { return m(draw({3, 5}, t)); }),
-      row<nn::Linear>("Linear, 3-D", root(), Path::fast, linear,
-                      [](nn::Linear& m, ScalarType t) { return m(draw({2, 3, 5}, t)); }),
-      row<nn::Linear>("Linear, no rows", root(), Path::fast, linear,
-                      [](nn::Linear& m, ScalarType t) {
-                        return at::cat({m(draw({0, 5}, t)), m(draw({1, 5}, t))});
-                      }),
-      row<nn::Linear>("Linear, 1-D", root(), Path::materialised, linear,
-                      [](nn::Linear& m, ScalarType t) { return m(draw({5}, t)); }),
-      row<nn::Linear>("Linear without bias, strided input", root(), Path::fast,
-                      [] { return nn::Linear(nn::LinearOptions(5, 7).bias(false)); },
-                      [](nn::Linear& m, ScalarType t) {
-                        return m(draw({2, 5, 3}, t).transpose(1, 2));
-                      }),
-      row<nn::Bilinear>("Bilinear", root(), Path::materialised,
-                        [] { return nn::Bilinear(3, 4, 5); },
-                        [](nn::Bilinear& m, ScalarType t) {
-                          return m(draw({2, 3}, t), draw({2, 4}, t));
-                        }),
-      row<nn::Sequential>("Sequential, one target", names({"2"}), Path::fast,
-                          [] { return nn::Sequential(nn::Linear(5, 6), nn::ReLU(), nn::Linear(6, 3)); },
-                          [](nn::Sequential& m, ScalarType t) { return m->forward(draw({4, 5}, t)); }),
-      row<nn::Sequential>("Sequential, all linear layers", all_linear(), Path::fast,
-                          [] {
-                            return nn::Sequential(
-                                nn::Linear(5, 6), nn::LayerNorm(nn::LayerNormOptions({6})),
-                                nn::GELU(), nn::Linear(6, 3));
-                          },
-                          [](nn::Sequential& m, ScalarType t) { return m->forward(draw({4, 5}, t)); }),
-      row<nn::ModuleList>("ModuleList", all_linear(), Path::fast,
-                          [] { return nn::ModuleList(nn::Linear(5, 5), nn::Linear(5, 5)); },
-                          [](nn::ModuleList& m, ScalarType t) {
-                            Tensor x = draw({2, 5}, t);
-                            for (const auto& layer : *m) {
-                              x = layer->as<nn::Linear>()->forward(x).tanh();
-                            }
-                            return x;
-                          }),
+      row<nn::Linear>(
+          "Linear, 2-D",
+          root(),
+          Path::fast,
+          linear,
+          [](nn::Linear& m, ScalarType t) {
+            return m(draw({3, 5}, t));
+          }),
+      row<nn::Linear>(
+          "Linear, 3-D",
+          root(),
+          Path::fast,
+          linear,
+          [](nn::Linear& m, ScalarType t) {
+            return m(draw({2, 3, 5}, t));
+          }),
+      row<nn::Linear>(
+          "Linear, no rows",
+          root(),
+          Path::fast,
+          linear,
+          [](nn::Linear& m, ScalarType t) {
+            return at::cat({m(draw({0, 5}, t)), m(draw({1, 5}, t))});
+          }),
+      row<nn::Linear>(
+          "Linear, 1-D",
+          root(),
+          Path::materialised,
+          linear,
+          [](nn::Linear& m, ScalarType t) { return m(draw({5}, t)); }),
+      row<nn::Linear>(
+          "Linear without bias, strided input",
+          root(),
+          Path::fast,
+          [] { return nn::Linear(nn::LinearOptions(5, 7).bias(false)); },
+          [](nn::Linear& m, ScalarType t) {
+            return m(draw({2, 5, 3}, t).transpose(1, 2));
+          }),
+      row<nn::Bilinear>(
+          "Bilinear",
+          root(),
+          Path::materialised,
+          [] { return nn::Bilinear(3, 4, 5); },
+          [](nn::Bilinear& m, ScalarType t) {
+            return m(draw({2, 3}, t), draw({2, 4}, t));
+          }),
+      row<nn::Sequential>(
+          "Sequential, one target",
+          names({"2"}),
+          Path::fast,
+          [] {
+            return nn::Sequential(
+                nn::Linear(5, 6), nn::ReLU(), nn::Linear(6, 3));
+          },
+          [](nn::Sequential& m, ScalarType t) {
+            return m->forward(draw({4, 5}, t));
+          }),
+      row<nn::Sequential>(
+          "Sequential, all linear layers",
+          all_linear(),
+          Path::fast,
+          [] {
+            return nn::Sequential(
+                nn::Linear(5, 6),
+                nn::LayerNorm(nn::LayerNormOptions({6})),
+                nn::GELU(),
+                nn::Linear(6, 3));
+          },
+          [](nn::Sequential& m, ScalarType t) {
+            return m->forward(draw({4, 5}, t));
+          }),
+      row<nn::ModuleList>(
+          "ModuleList",
+          all_linear(),
+          Path::fast,
+          [] { return nn::ModuleList(nn::Linear(5, 5), nn::Linear(5, 5)); },
+          [](nn::ModuleList& m, ScalarType t) {
+            Tensor x = draw({2, 5}, t);
+            for (const auto& layer : *m) {
+              x = layer->as<nn::Linear>()->forward(x).tanh();
+            }
+            return x;
+          }),
       row<nn::AdaptiveLogSoftmaxWithLoss>(
-          "AdaptiveLogSoftmaxWithLoss", all_linear(), Path::fast,
+          "AdaptiveLogSoftmaxWithLoss",
+          all_linear(),
+          Path::fast,
           [] {
             return nn::AdaptiveLogSoftmaxWithLoss(
-                nn::AdaptiveLogSoftmaxWithLossOptions(8, 12, {4, 8}).div_value(2.));
+                nn::AdaptiveLogSoftmaxWithLossOptions(8, 12, {4, 8})
+                    .div_value(2.));
           },
           [](nn::AdaptiveLogSoftmaxWithLoss& m, ScalarType t) {
             return m->log_prob(draw({3, 8}, t));
@@ -172,47 +223,93 @@ std::vector<Case> attention_cases() {
     return attend(m, x, x, x);
   };
   return {
-      row<nn::MultiheadAttention>("attention, self", all_linear(), Path::fast, attention, self),
-      row<nn::MultiheadAttention>("attention, default targets", LoraOptions(2).alpha(4), Path::fast, attention, self),
-      row<nn::MultiheadAttention>("attention, only k", all_linear().enable_lora({false, true, false}), Path::fast, attention, self),
-      row<nn::MultiheadAttention>("attention, q, k and v apart", all_linear().enable_lora({true, true, true}), Path::fast, attention, self),
-      row<nn::MultiheadAttention>("attention, in_proj_weight by name", names({"in_proj_weight"}), Path::fast, attention, self),
       row<nn::MultiheadAttention>(
-          "attention, cross", all_linear(), Path::fast, attention,
+          "attention, self", all_linear(), Path::fast, attention, self),
+      row<nn::MultiheadAttention>(
+          "attention, default targets",
+          LoraOptions(2).alpha(4),
+          Path::fast,
+          attention,
+          self),
+      row<nn::MultiheadAttention>(
+          "attention, only k",
+          all_linear().enable_lora({false, true, false}),
+          Path::fast,
+          attention,
+          self),
+      row<nn::MultiheadAttention>(
+          "attention, q, k and v apart",
+          all_linear().enable_lora({true, true, true}),
+          Path::fast,
+          attention,
+          self),
+      row<nn::MultiheadAttention>(
+          "attention, in_proj_weight by name",
+          names({"in_proj_weight"}),
+          Path::fast,
+          attention,
+          self),
+      row<nn::MultiheadAttention>(
+          "attention, cross",
+          all_linear(),
+          Path::fast,
+          attention,
           [](nn::MultiheadAttention& m, ScalarType t) {
             const Tensor q = draw({5, 2, 8}, t), k = draw({7, 2, 8}, t);
             return attend(m, q, k, k);
           }),
       row<nn::MultiheadAttention>(
-          "attention, three inputs, default targets", LoraOptions(2).alpha(4), Path::fast, attention,
+          "attention, three inputs, default targets",
+          LoraOptions(2).alpha(4),
+          Path::fast,
+          attention,
           [](nn::MultiheadAttention& m, ScalarType t) {
-            return attend(m, draw({5, 2, 8}, t), draw({7, 2, 8}, t), draw({7, 2, 8}, t));
+            return attend(
+                m, draw({5, 2, 8}, t), draw({7, 2, 8}, t), draw({7, 2, 8}, t));
           }),
       row<nn::MultiheadAttention>(
-          "attention, kdim and vdim", all_linear(), Path::fast,
-          [] { return nn::MultiheadAttention(nn::MultiheadAttentionOptions(8, 2).kdim(6).vdim(6)); },
-          [](nn::MultiheadAttention& m, ScalarType t) {
-            return attend(m, draw({5, 2, 8}, t), draw({7, 2, 6}, t), draw({7, 2, 6}, t));
-          }),
-      row<nn::MultiheadAttention>(
-          "attention, bias_kv and zero attention, no bias", all_linear(), Path::fast,
+          "attention, kdim and vdim",
+          all_linear(),
+          Path::fast,
           [] {
             return nn::MultiheadAttention(
-                nn::MultiheadAttentionOptions(8, 2).bias(false).add_bias_kv(true).add_zero_attn(true));
+                nn::MultiheadAttentionOptions(8, 2).kdim(6).vdim(6));
+          },
+          [](nn::MultiheadAttention& m, ScalarType t) {
+            return attend(
+                m, draw({5, 2, 8}, t), draw({7, 2, 6}, t), draw({7, 2, 6}, t));
+          }),
+      row<nn::MultiheadAttention>(
+          "attention, bias_kv and zero attention, no bias",
+          all_linear(),
+          Path::fast,
+          [] {
+            return nn::MultiheadAttention(nn::MultiheadAttentionOptions(8, 2)
+                                              .bias(false)
+                                              .add_bias_kv(true)
+                                              .add_zero_attn(true));
           },
           self),
       row<nn::TransformerEncoder>(
-          "TransformerEncoder", all_linear(), Path::fast,
+          "TransformerEncoder",
+          all_linear(),
+          Path::fast,
           [] {
             return nn::TransformerEncoder(nn::TransformerEncoderOptions(
-                nn::TransformerEncoderLayerOptions(8, 2).dim_feedforward(12), 2));
+                nn::TransformerEncoderLayerOptions(8, 2).dim_feedforward(12),
+                2));
           },
-          [](nn::TransformerEncoder& m, ScalarType t) { return m(draw({5, 2, 8}, t)); }),
+          [](nn::TransformerEncoder& m, ScalarType t) {
+            return m(draw({5, 2, 8}, t));
+          }),
       row<nn::TransformerDecoder>(
-          "TransformerDecoder", all_linear(), Path::fast,
+          "TransformerDecoder",
+          all_linear(),
+          Path::fast,
           [] {
             return nn::TransformerDecoder(nn::TransformerDecoderOptions(
-                nn::TransformerDecoderLayerOptions(8, 2).dim_feedforward(12), 1));
+                nn::TransformerDecoderLayerOptions(8, 2).dim_feedforward(12),
+                1));
           },
           [](nn::TransformerDecoder& m, ScalarType t) {
             return m(draw({5, 2, 8}, t), draw({4, 2, 8}, t));
@@ -223,55 +320,135 @@ std::vector<Case> attention_cases() {
 std::vector<Case> recurrent_cases() {
   const auto m = Path::materialised;
   return {
-      row<nn::LSTM>("LSTM", root(), m, [] { return nn::LSTM(4, 5); },
-                    [](nn::LSTM& l, ScalarType t) {
-                      const auto [y, state] = l(draw({6, 2, 4}, t));
-                      return at::cat({y.flatten(), std::get<1>(state).flatten()});
-                    }),
-      row<nn::LSTM>("LSTM, two directions, two layers, one weight by name", names({"weight_hh_l1_reverse"}), m,
-                    [] { return nn::LSTM(nn::LSTMOptions(4, 5).num_layers(2).bidirectional(true).batch_first(true)); },
-                    [](nn::LSTM& l, ScalarType t) { return std::get<0>(l(draw({2, 6, 4}, t))); }),
-      row<nn::LSTM>("LSTM, proj_size", root(), m,
-                    [] { return nn::LSTM(nn::LSTMOptions(4, 5).proj_size(3)); },
-                    [](nn::LSTM& l, ScalarType t) { return std::get<0>(l(draw({6, 2, 4}, t))); }),
-      row<nn::LSTM>("LSTM, packed", root(), m, [] { return nn::LSTM(4, 5); },
-                    [](nn::LSTM& l, ScalarType t) {
-                      const auto packed = nn::utils::rnn::pack_padded_sequence(
-                          draw({6, 2, 4}, t), torch::tensor({6, 3}));
-                      return std::get<0>(l->forward_with_packed_input(packed)).data();
-                    }),
-      row<nn::GRU>("GRU", root(), m, [] { return nn::GRU(nn::GRUOptions(4, 5).num_layers(2)); },
-                   [](nn::GRU& l, ScalarType t) { return std::get<0>(l(draw({6, 2, 4}, t))); }),
-      row<nn::RNN>("RNN", root(), m, [] { return nn::RNN(4, 5); },
-                   [](nn::RNN& l, ScalarType t) { return std::get<0>(l(draw({6, 2, 4}, t))); }),
-      row<nn::LSTMCell>("LSTMCell", root(), m, [] { return nn::LSTMCell(4, 5); },
-                        [](nn::LSTMCell& l, ScalarType t) {
-                          return std::get<1>(l(draw({2, 4}, t), std::make_tuple(draw({2, 5}, t), draw({2, 5}, t))));
-                        }),
-      row<nn::GRUCell>("GRUCell", root(), m, [] { return nn::GRUCell(4, 5); },
-                       [](nn::GRUCell& l, ScalarType t) { return l(draw({2, 4}, t), draw({2, 5}, t)); }),
-      row<nn::RNNCell>("RNNCell", names({"weight_hh"}), m, [] { return nn::RNNCell(4, 5); },
-                       [](nn::RNNCell& l, ScalarType t) { return l(draw({2, 4}, t), draw({2, 5}, t)); }),
+      row<nn::LSTM>(
+          "LSTM",
+          root(),
+          m,
+          [] { return nn::LSTM(4, 5); },
+          [](nn::LSTM& l, ScalarType t) {
+            const auto [y, state] = l(draw({6, 2, 4}, t));
+            return at::cat({y.flatten(), std::get<1>(state).flatten()});
+          }),
+      row<nn::LSTM>(
+          "LSTM, two directions, two layers, one weight by name",
+          names({"weight_hh_l1_reverse"}),
+          m,
+          [] {
+            return nn::LSTM(nn::LSTMOptions(4, 5)
+                                .num_layers(2)
+                                .bidirectional(true)
+                                .batch_first(true));
+          },
+          [](nn::LSTM& l, ScalarType t) {
+            return std::get<0>(l(draw({2, 6, 4}, t)));
+          }),
+      row<nn::LSTM>(
+          "LSTM, proj_size",
+          root(),
+          m,
+          [] { return nn::LSTM(nn::LSTMOptions(4, 5).proj_size(3)); },
+          [](nn::LSTM& l, ScalarType t) {
+            return std::get<0>(l(draw({6, 2, 4}, t)));
+          }),
+      row<nn::LSTM>(
+          "LSTM, packed",
+          root(),
+          m,
+          [] { return nn::LSTM(4, 5); },
+          [](nn::LSTM& l, ScalarType t) {
+            const auto packed = nn::utils::rnn::pack_padded_sequence(
+                draw({6, 2, 4}, t), torch::tensor({6, 3}));
+            return std::get<0>(l->forward_with_packed_input(packed)).data();
+          }),
+      row<nn::GRU>(
+          "GRU",
+          root(),
+          m,
+          [] { return nn::GRU(nn::GRUOptions(4, 5).num_layers(2)); },
+          [](nn::GRU& l, ScalarType t) {
+            return std::get<0>(l(draw({6, 2, 4}, t)));
+          }),
+      row<nn::RNN>(
+          "RNN",
+          root(),
+          m,
+          [] { return nn::RNN(4, 5); },
+          [](nn::RNN& l, ScalarType t) {
+            return std::get<0>(l(draw({6, 2, 4}, t)));
+          }),
+      row<nn::LSTMCell>(
+          "LSTMCell",
+          root(),
+          m,
+          [] { return nn::LSTMCell(4, 5); },
+          [](nn::LSTMCell& l, ScalarType t) {
+            return std::get<1>(
+                l(draw({2, 4}, t),
+                  std::make_tuple(draw({2, 5}, t), draw({2, 5}, t))));
+          }),
+      row<nn::GRUCell>(
+          "GRUCell",
+          root(),
+          m,
+          [] { return nn::GRUCell(4, 5); },
+          [](nn::GRUCell& l, ScalarType t) {
+            return l(draw({2, 4}, t), draw({2, 5}, t));
+          }),
+      row<nn::RNNCell>(
+          "RNNCell",
+          names({"weight_hh"}),
+          m,
+          [] { return nn::RNNCell(4, 5); },
+          [](nn::RNNCell& l, ScalarType t) {
+            return l(draw({2, 4}, t), draw({2, 5}, t));
+          }),
   };
 }
 
 std::vector<Case> embedding_cases() {
   const auto bag = [](auto mode) {
-    return [mode] { return nn::EmbeddingBag(nn::EmbeddingBagOptions(9, 4).mode(mode)); };
+    return [mode] {
+      return nn::EmbeddingBag(nn::EmbeddingBagOptions(9, 4).mode(mode));
+    };
   };
   const auto use_bag = [](nn::EmbeddingBag& m, ScalarType) {
     return m(ids({7}, 9), torch::tensor({0, 3, 5}));
   };
   return {
-      row<nn::Embedding>("Embedding", root(), Path::fast, [] { return nn::Embedding(9, 4); },
-                         [](nn::Embedding& m, ScalarType) { return m(ids({2, 5}, 9)); }),
-      row<nn::EmbeddingBag>("EmbeddingBag, sum", root(), Path::materialised, bag(torch::kSum), use_bag),
-      row<nn::EmbeddingBag>("EmbeddingBag, mean", root(), Path::materialised, bag(torch::kMean), use_bag),
-      row<nn::EmbeddingBag>("EmbeddingBag, max", root(), Path::materialised, bag(torch::kMax), use_bag),
-      row<nn::EmbeddingBag>("EmbeddingBag, weighted", root(), Path::materialised, bag(torch::kSum),
-                            [](nn::EmbeddingBag& m, ScalarType t) {
-                              return m(ids({7}, 9), torch::tensor({0, 3, 5}), draw({7}, t));
-                            }),
+      row<nn::Embedding>(
+          "Embedding",
+          root(),
+          Path::fast,
+          [] { return nn::Embedding(9, 4); },
+          [](nn::Embedding& m, ScalarType) {
+            return m(ids({2, 5}, 9));
+          }),
+      row<nn::EmbeddingBag>(
+          "EmbeddingBag, sum",
+          root(),
+          Path::materialised,
+          bag(torch::kSum),
+          use_bag),
+      row<nn::EmbeddingBag>(
+          "EmbeddingBag, mean",
+          root(),
+          Path::materialised,
+          bag(torch::kMean),
+          use_bag),
+      row<nn::EmbeddingBag>(
+          "EmbeddingBag, max",
+          root(),
+          Path::materialised,
+          bag(torch::kMax),
+          use_bag),
+      row<nn::EmbeddingBag>(
+          "EmbeddingBag, weighted",
+          root(),
+          Path::materialised,
+          bag(torch::kSum),
+          [](nn::EmbeddingBag& m, ScalarType t) {
+            return m(ids({7}, 9), torch::tensor({0, 3, 5}), draw({7}, t));
+          }),
   };
 }
 
@@ -281,25 +458,54 @@ std::vector<Case> convolution_cases() {
   using C3 = nn::Conv3dOptions;
   std::vector<Case> cases = {
       conv<nn::Conv1d>("Conv1d", C1(3, 4, 3), {2, 3, 8}),
-      conv<nn::Conv1d>("Conv1d, stride, dilation, padding, no bias",
-                       C1(3, 4, 3).stride(2).dilation(2).padding(1).bias(false), {2, 3, 9}),
+      conv<nn::Conv1d>(
+          "Conv1d, stride, dilation, padding, no bias",
+          C1(3, 4, 3).stride(2).dilation(2).padding(1).bias(false),
+          {2, 3, 9}),
       conv<nn::Conv1d>("Conv1d, groups", C1(4, 6, 3).groups(2), {2, 4, 8}),
       conv<nn::Conv1d>("Conv1d without a batch", C1(3, 4, 3), {3, 8}),
       conv<nn::Conv2d>("Conv2d", C2(3, 4, 3).padding(1), {2, 3, 5, 6}),
       conv<nn::Conv2d>("Conv2d, 1x1", C2(3, 4, 1), {2, 3, 4, 4}),
-      conv<nn::Conv2d>("Conv2d, uneven kernel, stride, padding and dilation",
-                       C2(3, 4, {3, 2}).stride({2, 1}).padding({1, 0}).dilation({1, 2}), {2, 3, 7, 6}),
-      conv<nn::Conv2d>("Conv2d, groups", C2(4, 6, 3).groups(2).stride(2), {2, 4, 7, 7}),
-      conv<nn::Conv2d>("Conv2d, depthwise", C2(4, 8, 3).groups(4).padding(1), {2, 4, 5, 5}, 4),
-      conv<nn::Conv2d>("Conv2d, same padding", C2(3, 4, {3, 2}).padding(torch::kSame), {2, 3, 5, 5}),
-      conv<nn::Conv2d>("Conv2d, valid padding", C2(3, 4, 3).padding(torch::kValid), {2, 3, 5, 5}),
+      conv<nn::Conv2d>(
+          "Conv2d, uneven kernel, stride, padding and dilation",
+          C2(3, 4, {3, 2}).stride({2, 1}).padding({1, 0}).dilation({1, 2}),
+          {2, 3, 7, 6}),
+      conv<nn::Conv2d>(
+          "Conv2d, groups", C2(4, 6, 3).groups(2).stride(2), {2, 4, 7, 7}),
+      conv<nn::Conv2d>(
+          "Conv2d, depthwise",
+          C2(4, 8, 3).groups(4).padding(1),
+          {2, 4, 5, 5},
+          4),
+      conv<nn::Conv2d>(
+          "Conv2d, same padding",
+          C2(3, 4, {3, 2}).padding(torch::kSame),
+          {2, 3, 5, 5}),
+      conv<nn::Conv2d>(
+          "Conv2d, valid padding",
+          C2(3, 4, 3).padding(torch::kValid),
+          {2, 3, 5, 5}),
       conv<nn::Conv3d>("Conv3d", C3(2, 4, 2), {1, 2, 4, 4, 3}),
-      conv<nn::Conv3d>("Conv3d, stride, groups, dilation",
-                       C3(2, 4, {2, 1, 2}).stride({1, 2, 1}).dilation({1, 1, 2}).groups(2).padding({0, 1, 1}),
-                       {1, 2, 4, 4, 4}),
-      transposed<nn::ConvTranspose1d>("ConvTranspose1d", nn::ConvTranspose1dOptions(3, 4, 3).stride(2), {2, 3, 5}),
-      transposed<nn::ConvTranspose2d>("ConvTranspose2d, groups", nn::ConvTranspose2dOptions(4, 6, 3).groups(2).padding(1), {2, 4, 4, 4}),
-      transposed<nn::ConvTranspose3d>("ConvTranspose3d", nn::ConvTranspose3dOptions(2, 3, 2), {1, 2, 3, 3, 2}),
+      conv<nn::Conv3d>(
+          "Conv3d, stride, groups, dilation",
+          C3(2, 4, {2, 1, 2})
+              .stride({1, 2, 1})
+              .dilation({1, 1, 2})
+              .groups(2)
+              .padding({0, 1, 1}),
+          {1, 2, 4, 4, 4}),
+      transposed<nn::ConvTranspose1d>(
+          "ConvTranspose1d",
+          nn::ConvTranspose1dOptions(3, 4, 3).stride(2),
+          {2, 3, 5}),
+      transposed<nn::ConvTranspose2d>(
+          "ConvTranspose2d, groups",
+          nn::ConvTranspose2dOptions(4, 6, 3).groups(2).padding(1),
+          {2, 4, 4, 4}),
+      transposed<nn::ConvTranspose3d>(
+          "ConvTranspose3d",
+          nn::ConvTranspose3dOptions(2, 3, 2),
+          {1, 2, 3, 3, 2}),
   };
   auto modes = [&](auto add) {
     add("zeros", torch::kZeros);
@@ -308,10 +514,22 @@ std::vector<Case> convolution_cases() {
     add("circular", torch::kCircular);
   };
   modes([&](const std::string& mode, auto value) {
-    cases.push_back(conv<nn::Conv1d>("Conv1d, padding mode " + mode, C1(3, 4, 3).padding(2).padding_mode(value), {2, 3, 8}));
-    cases.push_back(conv<nn::Conv2d>("Conv2d, padding mode " + mode, C2(4, 4, 3).padding({1, 2}).groups(2).padding_mode(value), {2, 4, 5, 6}));
-    cases.push_back(conv<nn::Conv3d>("Conv3d, padding mode " + mode, C3(2, 4, 2).padding(1).padding_mode(value), {1, 2, 3, 3, 3}));
-    cases.push_back(conv<nn::Conv2d>("Conv2d, same padding and mode " + mode, C2(3, 4, 3).padding(torch::kSame).padding_mode(value), {2, 3, 5, 5}));
+    cases.push_back(conv<nn::Conv1d>(
+        "Conv1d, padding mode " + mode,
+        C1(3, 4, 3).padding(2).padding_mode(value),
+        {2, 3, 8}));
+    cases.push_back(conv<nn::Conv2d>(
+        "Conv2d, padding mode " + mode,
+        C2(4, 4, 3).padding({1, 2}).groups(2).padding_mode(value),
+        {2, 4, 5, 6}));
+    cases.push_back(conv<nn::Conv3d>(
+        "Conv3d, padding mode " + mode,
+        C3(2, 4, 2).padding(1).padding_mode(value),
+        {1, 2, 3, 3, 3}));
+    cases.push_back(conv<nn::Conv2d>(
+        "Conv2d, same padding and mode " + mode,
+        C2(3, 4, 3).padding(torch::kSame).padding_mode(value),
+        {2, 3, 5, 5}));
   });
   return cases;
 }
@@ -332,9 +550,10 @@ Tensor change(const peft::LoraDelta& delta, at::IntArrayRef sizes) {
       std::vector<Tensor> blocks;
       const auto up = B.chunk(groups), down = A.chunk(groups);
       for (int64_t j = 0; j < groups; ++j) {
-        blocks.push_back(at::einsum("orxyz,rixyz->oixyz", {
-            up[j].reshape({up[j].size(0), up[j].size(1), 1, 1, 1}),
-            down[j].reshape({down[j].size(0), down[j].size(1), -1, 1, 1})}));
+        blocks.push_back(at::einsum(
+            "orxyz,rixyz->oixyz",
+            {up[j].reshape({up[j].size(0), up[j].size(1), 1, 1, 1}),
+             down[j].reshape({down[j].size(0), down[j].size(1), -1, 1, 1})}));
       }
       return 2 * at::cat(blocks).reshape(sizes);
     }
@@ -343,9 +562,12 @@ Tensor change(const peft::LoraDelta& delta, at::IntArrayRef sizes) {
       const auto width = sizes[0] / 3, r = delta.r();
       int64_t k = 0;
       for (const bool on : config.enabled) {
-        rows.push_back(on
-            ? 2 * at::matmul(B.slice(0, k * width, (k + 1) * width), A.slice(0, k * r, (k + 1) * r))
-            : torch::zeros({width, sizes[1]}, A.options()));
+        rows.push_back(
+            on ? 2 *
+                    at::matmul(
+                        B.slice(0, k * width, (k + 1) * width),
+                        A.slice(0, k * r, (k + 1) * r))
+               : torch::zeros({width, sizes[1]}, A.options()));
         k += on ? 1 : 0;
       }
       return at::cat(rows);
@@ -521,7 +743,8 @@ TEST_CASE("convolutions, unmodified") {
   check_all(convolution_cases());
 }
 
-TEST_CASE("a TransformerEncoder: eight sites, all on the fast path, all trained") {
+TEST_CASE(
+    "a TransformerEncoder: eight sites, all on the fast path, all trained") {
   seed(2);
   nn::TransformerEncoder encoder(nn::TransformerEncoderOptions(
       nn::TransformerEncoderLayerOptions(8, 2).dim_feedforward(12), 2));
@@ -541,10 +764,15 @@ TEST_CASE("a TransformerEncoder: eight sites, all on the fast path, all trained"
   }
 }
 
-TEST_CASE("every base dtype: the output keeps it, the adapter has at least float32") {
+TEST_CASE(
+    "every base dtype: the output keeps it, the adapter has at least float32") {
   std::vector<Case> cases;
-  for (auto list : {linear_cases(), attention_cases(), recurrent_cases(),
-                    embedding_cases(), convolution_cases()}) {
+  for (auto list :
+       {linear_cases(),
+        attention_cases(),
+        recurrent_cases(),
+        embedding_cases(),
+        convolution_cases()}) {
     cases.insert(cases.end(), list.begin(), list.end());
   }
   for (const auto dtype :
@@ -568,8 +796,9 @@ TEST_CASE("every base dtype: the output keeps it, the adapter has at least float
       auto adapter = peft::attach(*built.module, one.options);
       auto reference = peft::attach(*exact.module, one.options);
       for (const auto& p : adapter.parameters()) {
-        CHECK(p.scalar_type() ==
-              (dtype == torch::kDouble ? torch::kDouble : torch::kFloat));
+        CHECK(
+            p.scalar_type() ==
+            (dtype == torch::kDouble ? torch::kDouble : torch::kFloat));
       }
       const Tensor start = built.run();
       CHECK((equal_bits(start, y0) || equal_bits(start, y_trainable)));
@@ -599,8 +828,9 @@ TEST_CASE("every base dtype: the output keeps it, the adapter has at least float
       adapter.merge();
       torch::NoGradGuard no_grad;
       const Tensor merged = built.run();
-      CHECK(((merged.to(torch::kDouble) - wanted).norm() / wanted.norm())
-                .item<double>() < 4 * tolerance(dtype).rtol + 1e-6);
+      CHECK(
+          ((merged.to(torch::kDouble) - wanted).norm() / wanted.norm())
+              .item<double>() < 4 * tolerance(dtype).rtol + 1e-6);
       adapter.unmerge();
       check_bits(*built.module, base);
     });
@@ -609,8 +839,12 @@ TEST_CASE("every base dtype: the output keeps it, the adapter has at least float
 
 TEST_CASE("every module under autocast to bfloat16") {
   std::vector<Case> cases;
-  for (auto list : {linear_cases(), attention_cases(), recurrent_cases(),
-                    embedding_cases(), convolution_cases()}) {
+  for (auto list :
+       {linear_cases(),
+        attention_cases(),
+        recurrent_cases(),
+        embedding_cases(),
+        convolution_cases()}) {
     cases.insert(cases.end(), list.begin(), list.end());
   }
   adapted::for_each_row(cases, [&](const Case& one) {
@@ -618,9 +852,9 @@ TEST_CASE("every module under autocast to bfloat16") {
     Built built = one.build(torch::kFloat);
     Tensor y0;
     const bool runs = error_of([&] {
-      adapted::Autocast autocast;
-      y0 = built.run().detach();
-    }) == "";
+                        adapted::Autocast autocast;
+                        y0 = built.run().detach();
+                      }) == "";
     if (!runs) {
       return; // not without an adapter either
     }
@@ -649,8 +883,8 @@ TEST_CASE("a sparse embedding has a sparse gradient under an adapter") {
   const auto index = torch::tensor({1, 5, 5});
   auto adapter = peft::attach(*table, root().init("random"));
   const auto& delta = adapted::lora(adapter);
-  const Tensor expected = at::embedding(
-      W + 2 * at::matmul(delta.lora_B, delta.lora_A).t(), index);
+  const Tensor expected =
+      at::embedding(W + 2 * at::matmul(delta.lora_B, delta.lora_A).t(), index);
   const Tensor y = table(index);
   CHECK(close(y, expected));
   const auto found = adapted::gradients(y, {delta.lora_A, delta.lora_B});
@@ -662,10 +896,13 @@ TEST_CASE("a sparse embedding has a sparse gradient under an adapter") {
   CHECK(close(found[1], wanted[1]));
 }
 
-TEST_CASE("padding_idx and scale_grad_by_freq act on the adapter as in HF PEFT") {
+TEST_CASE(
+    "padding_idx and scale_grad_by_freq act on the adapter as in HF PEFT") {
   for (const bool by_frequency : {false, true}) {
     seed(4);
-    nn::Embedding table(nn::EmbeddingOptions(9, 4).padding_idx(2).scale_grad_by_freq(by_frequency));
+    nn::Embedding table(
+        nn::EmbeddingOptions(9, 4).padding_idx(2).scale_grad_by_freq(
+            by_frequency));
     table->to(torch::kDouble);
     const Tensor W = table->weight.detach().clone();
     const auto index = torch::tensor({{2, 3, 3}, {8, 2, 1}});
@@ -676,7 +913,8 @@ TEST_CASE("padding_idx and scale_grad_by_freq act on the adapter as in HF PEFT")
     CHECK(close(y, at::embedding(value, index))); // the padding row as well
     // Gradients for A stop at the padding row; those for B do not.
     const Tensor expected = at::embedding(W, index) +
-        2 * at::matmul(
+        2 *
+            at::matmul(
                 at::embedding(delta.lora_A.t(), index, 2, by_frequency),
                 delta.lora_B.t());
     const auto found = adapted::gradients(y, adapter.parameters());

@@ -1,5 +1,5 @@
-// Attaches in a global constructor, when other files of the program (library.cpp
-// is one) may not have run theirs.
+// Attaches in a global constructor, when other files of the program
+// (library.cpp is one) may not have run theirs.
 #include "interface.h"
 
 #include <peft/peft.h>

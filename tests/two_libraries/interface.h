@@ -8,8 +8,7 @@
 #if defined(_WIN32)
 #define TWO_LIBRARIES_EXPORT extern "C" __declspec(dllexport)
 #else
-#define TWO_LIBRARIES_EXPORT \
-  extern "C" __attribute__((visibility("default")))
+#define TWO_LIBRARIES_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
 /// Hangs an adapter on a 4x4 weight: W' = W + 4 everywhere.

@@ -41,14 +41,12 @@ int main(int argc, char** argv) {
     std::string error;
     try {
       peft::attach(
-          *linear,
-          peft::LoraOptions(2).targets(peft::Targets::all_linear()));
+          *linear, peft::LoraOptions(2).targets(peft::Targets::all_linear()));
     } catch (const c10::Error& e) {
       error = e.what_without_backtrace();
     }
-    if (error.find(words) == std::string::npos ||
-        !linear->children().empty() || peft::is_adapted(linear->weight) ||
-        !linear->weight.requires_grad()) {
+    if (error.find(words) == std::string::npos || !linear->children().empty() ||
+        peft::is_adapted(linear->weight) || !linear->weight.requires_grad()) {
       std::fprintf(stderr, "FAILED: attempt %d: %s\n", attempt, error.c_str());
       return 1;
     }

@@ -83,9 +83,7 @@ participants(const Site& site, const Tensor& tensor, bool outputs = false) {
 class GroupScope {
  public:
   explicit GroupScope(const RowGroups::Group& group)
-      : guard_(
-            active_info_kind(),
-            std::make_shared<ActiveInfo>(&group)) {}
+      : guard_(active_info_kind(), std::make_shared<ActiveInfo>(&group)) {}
 
  private:
   c10::DebugInfoGuard guard_;
