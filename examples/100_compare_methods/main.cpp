@@ -32,6 +32,7 @@ struct Arguments {
   std::vector<std::string> only;
   int64_t seeds = 0;
   int64_t epochs = 0;
+  double minutes = 20;
   int threads = 2;
   bool quick = false;
   bool full = false;
@@ -69,7 +70,7 @@ Task choose_task(const Arguments& arguments) {
     test.resize(std::min<size_t>(test.size(), 32));
   } else if (!arguments.full) {
     train.resize(std::min<size_t>(train.size(), 640));
-    test.resize(std::min<size_t>(test.size(), 600));
+    test.resize(std::min<size_t>(test.size(), 500));
   }
   return task;
 }
@@ -88,7 +89,7 @@ class Run {
             batch_of(task_.data.train, kMemoryBatch, true, task_.padding),
             arguments.quick      ? 1
                 : arguments.full ? 20
-                                 : 4) {
+                                 : 3) {
     auto scratch = make_network(task_, 1);
     budget_ = budget_of(scratch);
     head_ = count(scratch->classifier->parameters());
@@ -125,9 +126,19 @@ class Run {
     check_log();
     introduce();
     const auto start = Clock::now();
+    auto seed_start = start;
     int64_t done = 0;
     const auto total = remaining();
     for (int64_t seed = 1; seed <= arguments_.seeds; ++seed) {
+      if (seed > 1 && !has_time_for_another(start, seed_start)) {
+        fmt::print(
+            "Seeds from {} on would not end within {} minutes; the same "
+            "command goes on with them.\n",
+            seed,
+            arguments_.minutes);
+        break;
+      }
+      seed_start = Clock::now();
       run_or_skip(kProbe, seed, done, total, start, [&](uint64_t s) {
         return run_probe(s);
       });
@@ -211,6 +222,15 @@ class Run {
     const auto& only = arguments_.only;
     return only.empty() ||
         std::find(only.begin(), only.end(), key) != only.end();
+  }
+
+  /// Whether a seed that takes as long as the last one ends in time.
+  bool has_time_for_another(
+      Clock::time_point start,
+      Clock::time_point last_seed) const {
+    return arguments_.minutes <= 0 ||
+        seconds_since(start) + seconds_since(last_seed) <=
+        60 * arguments_.minutes;
   }
 
   /// Results are of these, or are not mixed.
@@ -606,6 +626,11 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--seeds", arguments.seeds, "how many, from 1")
       ->check(CLI::Range(1, 1000));
+  app.add_option(
+         "--minutes",
+         arguments.minutes,
+         "no seed begins that would end later; 0 for no limit, as --full")
+      ->capture_default_str();
   app.add_option("--epochs", arguments.epochs, "passes over the texts")
       ->check(CLI::Range(1, 1000));
   app.add_option("--threads", arguments.threads, "of LibTorch")
@@ -626,6 +651,9 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   if (arguments.quick) {
     arguments.threads = 1;
+  }
+  if (arguments.full) {
+    arguments.minutes = 0;
   }
   if (arguments.epochs <= 0) {
     arguments.epochs = arguments.full ? 3 : 1;

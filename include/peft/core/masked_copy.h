@@ -142,23 +142,11 @@ class MaskedCopy final : public Delta {
 
   /// Which entries the step at hand moves, a bool tensor of the value's shape;
   /// the same until end_step().
-  Tensor step_mask() const {
-    torch::NoGradGuard no_grad;
-    Tensor mask = at::zeros(value.sizes(), value.options().dtype(at::kBool));
-    if (has_fixed_mask()) {
-      return mask.view({-1})
-          .index_fill_(0, rule_.indices, true)
-          .view(value.sizes());
+  const Tensor& step_mask() const {
+    if (!step_mask_.defined() || step_mask_.device() != value.device()) {
+      step_mask_ = make_step_mask();
     }
-    if (moves_all()) {
-      return mask.fill_(true);
-    }
-    const auto seed = static_cast<uint64_t>(drawn_[0].item<int64_t>());
-    return mask.bernoulli_(
-        rule_.p,
-        detail::make_generator(
-            value.device(),
-            detail::mix_seed(seed, static_cast<uint64_t>(steps()))));
+    return step_mask_;
   }
 
   /// Masks a gradient of this copy in place, as the step at hand wants it:
@@ -168,12 +156,14 @@ class MaskedCopy final : public Delta {
     if (has_fixed_mask()) {
       gradient.copy_(detail::keep_entries(gradient, rule_.indices));
     } else {
-      gradient.mul_(step_mask().to(gradient.scalar_type()).div_(rule_.p));
+      const Tensor factor = at::ones({}, gradient.options()).div_(rule_.p);
+      gradient.mul_(step_mask()).mul_(factor);
     }
   }
 
   /// The next step draws another mask.
   void end_step() {
+    step_mask_.reset();
     if (!has_fixed_mask()) {
       torch::NoGradGuard no_grad;
       drawn_[1].add_(1);
@@ -208,6 +198,7 @@ class MaskedCopy final : public Delta {
       const Tensor& loaded,
       bool dry_run) override {
     torch::NoGradGuard no_grad;
+    step_mask_.reset();
     if (has_fixed_mask() && name == indices_name()) {
       const Tensor places = loaded.to(value.device());
       if (places.dim() != 1 || places.scalar_type() != at::kLong) {
@@ -282,6 +273,25 @@ class MaskedCopy final : public Delta {
   Tensor value;
 
  private:
+  Tensor make_step_mask() const {
+    torch::NoGradGuard no_grad;
+    Tensor mask = at::zeros(value.sizes(), value.options().dtype(at::kBool));
+    if (has_fixed_mask()) {
+      return mask.view({-1})
+          .index_fill_(0, rule_.indices, true)
+          .view(value.sizes());
+    }
+    if (moves_all()) {
+      return mask.fill_(true);
+    }
+    const auto seed = static_cast<uint64_t>(drawn_[0].item<int64_t>());
+    return mask.bernoulli_(
+        rule_.p,
+        detail::make_generator(
+            value.device(),
+            detail::mix_seed(seed, static_cast<uint64_t>(steps()))));
+  }
+
   bool is_sparse_in_file() const {
     return has_fixed_mask() && rule_.hard;
   }
@@ -295,6 +305,7 @@ class MaskedCopy final : public Delta {
   std::string file_name_;
   Rule rule_;
   Tensor drawn_; // the seed, and how many steps have drawn; on the CPU or not
+  mutable Tensor step_mask_; // drawn when a step first asks
 };
 
 } // namespace peft

@@ -129,7 +129,7 @@ class MaskedStep {
     for (auto& [trained, before] : stepped) {
       MaskedCopy& copy = *trained->copy;
       if (before.defined()) {
-        copy.value.copy_(at::where(copy.step_mask(), copy.value, before));
+        at::where_out(copy.value, copy.step_mask(), copy.value, before);
       } else if (
           trained->packed.defined() &&
           held.count(impl_of(trained->packed)) != 0) {
