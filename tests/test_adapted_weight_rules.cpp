@@ -21,6 +21,8 @@
 #include <sstream>
 #include <thread>
 
+namespace test_adapted_weight_rules {
+
 namespace nn = torch::nn;
 using adapted::Adapted;
 using adapted::all_close;
@@ -1513,3 +1515,5 @@ TEST_CASE("a failed attach leaves the model untouched") {
     CHECK(p.requires_grad());
   }
 }
+
+} // namespace test_adapted_weight_rules

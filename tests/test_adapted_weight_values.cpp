@@ -11,6 +11,8 @@
 #include <sstream>
 #include <thread>
 
+namespace test_adapted_weight_values {
+
 using adapted::Access;
 using adapted::Adapted;
 using adapted::all_close;
@@ -1286,3 +1288,5 @@ TEST_CASE(
     CHECK(gradcheck::second_order(f, inputs, expanded));
   }
 }
+
+} // namespace test_adapted_weight_values

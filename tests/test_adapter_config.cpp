@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_adapter_config {
+
 namespace {
 
 std::string text_of(const std::string& path) {
@@ -203,3 +205,5 @@ TEST_CASE("a config that cannot be written leaves the old file", "[config]") {
           std::filesystem::directory_iterator(folder.path()),
           std::filesystem::directory_iterator()) == 1);
 }
+
+} // namespace test_adapter_config

@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+namespace test_adapter_hub {
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -516,3 +518,5 @@ TEST_CASE("a head saved before does not come back with another adapter") {
       peft::load(*other.module, folder / "a").num_parameters() ==
       without.num_parameters());
 }
+
+} // namespace test_adapter_hub

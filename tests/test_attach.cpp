@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_attach {
+
 namespace {
 
 using adapted::acting;
@@ -865,3 +867,5 @@ TEST_CASE("the summary of a model") {
   peft::attach(*big, LoraOptions(1).targets(""));
   CHECK(contains(peft::summary(*big), "  (root)  "));
 }
+
+} // namespace test_attach

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_attention {
+
 namespace {
 
 using decoders::Gpt2;
@@ -460,3 +462,5 @@ TEMPLATE_TEST_CASE(
       }),
       "4 cached and 4 new tokens, [2, 8], got [2, 4]"));
 }
+
+} // namespace test_attention

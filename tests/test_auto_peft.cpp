@@ -20,6 +20,8 @@
 #include <string>
 #include <vector>
 
+namespace test_auto_peft {
+
 namespace {
 
 using peft::AutoPeftOptions;
@@ -625,3 +627,5 @@ TEST_CASE("AutoPEFT says what does not fit") {
       error_of([&] { AutoPeftSpace(peft::describe_network(*bare)); }),
       "says nowhere where its tokens begin"));
 }
+
+} // namespace test_auto_peft

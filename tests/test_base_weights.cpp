@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_base_weights {
+
 namespace {
 
 using peft::BaseWeightsOptions;
@@ -412,3 +414,5 @@ TEST_CASE("what holds no weights is refused", "[base]") {
       error_of([&] { load_base(frozen, folder / "model.safetensors"); }),
       "w: the model's tensor was made in inference mode"));
 }
+
+} // namespace test_base_weights

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_batch_adapters {
+
 using torch::Tensor;
 using Names = std::vector<std::string>;
 namespace nn = torch::nn;
@@ -595,3 +597,5 @@ TEST_CASE("Call sites take no mixed batch", "[batch]") {
   const Names all(Host::kRows, "prompt");
   CHECK(close(mixed(host, all), one_by_one(host, all)));
 }
+
+} // namespace test_batch_adapters

@@ -9,6 +9,8 @@
 
 #include <map>
 
+namespace test_bert {
+
 namespace {
 
 using peft::models::BertForSequenceClassification;
@@ -239,3 +241,5 @@ TEST_CASE("The real MiniLM gives transformers' embeddings", "[bert]") {
       model->features(want["input_ids"], want["attention_mask"]),
       want["embedding"]));
 }
+
+} // namespace test_bert

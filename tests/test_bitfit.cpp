@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_bitfit {
+
 namespace {
 
 using peft::BitFitOptions;
@@ -467,3 +469,5 @@ TEST_CASE("BitFit says what it does not find") {
     CHECK(same_state(state_of(*model), before));
   }
 }
+
+} // namespace test_bitfit

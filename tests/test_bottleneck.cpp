@@ -21,6 +21,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_bottleneck {
+
 namespace {
 
 using peft::AdapterDrop;
@@ -1326,3 +1328,5 @@ TEST_CASE("no merge, and the reason") {
     CHECK_FALSE(adapter.is_merged());
   }
 }
+
+} // namespace test_bottleneck

@@ -6,6 +6,8 @@
 #include <peft/core/extra_tokens.h>
 #include <peft/core/layer_loop.h>
 
+namespace test_call_sites {
+
 using torch::Tensor;
 
 namespace {
@@ -275,3 +277,5 @@ TEST_CASE("A call of some tokens cuts masks and rows to them", "[call_sites]") {
   call.side = true; // whose blocks have nothing in front
   CHECK(call.attention(bias, 2).size(3) == 2);
 }
+
+} // namespace test_call_sites

@@ -1,5 +1,7 @@
 #include "test.h"
 
+namespace test_check_optimizer {
+
 TEST_CASE("weight decay on a base that trains under an adapter") {
   torch::nn::Linear linear(4, 3);
   auto adapter = peft::attach(*linear, peft::LoraOptions(2).targets({""}));
@@ -32,3 +34,5 @@ TEST_CASE("weight decay on a base that trains under an adapter") {
   CHECK(torch::allclose(
       peft::base(linear->weight).detach(), before * 0.95, 1e-5, 1e-7));
 }
+
+} // namespace test_check_optimizer

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_child_tuning {
+
 using torch::Tensor;
 
 namespace {
@@ -617,3 +619,5 @@ TEST_CASE("A masked file that does not fit is refused, whole") {
   CHECK(contains(
       error_with(key + ".values", torch::zeros({1})), "the file is damaged"));
 }
+
+} // namespace test_child_tuning

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_coda {
+
 namespace {
 
 using peft::CodaOptions;
@@ -632,3 +634,5 @@ TEST_CASE("CoDA: networks it cannot work in") {
                 narrow->forward(torch::randn({2, 9, kWidth}));
               }).empty());
 }
+
+} // namespace test_coda

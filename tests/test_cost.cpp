@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_cost {
+
 using accounting::Memory;
 using adapted::operator_names;
 using torch::Tensor;
@@ -451,3 +453,5 @@ TEST_CASE("Attaching copies no weight", "[cost]") {
   // The smallest adapted weight is 16 x 16.
   CHECK(memory.of_at_least(16 * 16 * sizeof(float)) == Sizes{});
 }
+
+} // namespace test_cost

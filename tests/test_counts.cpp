@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+namespace test_counts {
+
 namespace {
 
 namespace models = peft::models;
@@ -219,3 +221,5 @@ TEST_CASE("A ladder's count follows from its shapes", "[counts]") {
         size.L * (block + down + 1) + down + (d * size.d + size.d));
   }
 }
+
+} // namespace test_counts

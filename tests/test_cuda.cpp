@@ -15,6 +15,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+namespace test_cuda {
+
 using torch::Tensor;
 
 namespace {
@@ -180,3 +182,5 @@ TEST_CASE("CUDA: a stream of one's own, and graphs of adapted and merged") {
   CHECK(at::allclose(y, expected, 1e-4, 1e-5));
 }
 #endif
+
+} // namespace test_cuda

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_decorations {
+
 using torch::Tensor;
 
 namespace {
@@ -715,3 +717,5 @@ TEST_CASE("Decorations around decorations, in files and copies", "[gate]") {
     }
   }
 }
+
+} // namespace test_decorations

@@ -19,6 +19,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_dora {
+
 using torch::Tensor;
 
 namespace {
@@ -880,3 +882,5 @@ TEST_CASE("What DoRA cannot do is refused, the model untouched", "[dora]") {
       refusal(dora(2, {"linear"}).enable_lora({true, false, true})),
       "nor enable_lora"));
 }
+
+} // namespace test_dora

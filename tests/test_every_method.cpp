@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+namespace test_every_method {
+
 using torch::Tensor;
 
 namespace {
@@ -453,3 +455,5 @@ TEST_CASE("It lives beside LoRA, and follows the network's dtype", "[every]") {
     CHECK(close(both.to(torch::kDouble), exact, 1e-3, 1e-4));
   });
 }
+
+} // namespace test_every_method

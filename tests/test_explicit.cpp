@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+namespace test_explicit {
+
 namespace {
 
 using peft::LoraOptions;
@@ -485,3 +487,5 @@ TEST_CASE("explicit layers refuse what cannot be right") {
     }
   }
 }
+
+} // namespace test_explicit

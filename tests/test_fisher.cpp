@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+namespace test_fisher {
+
 using torch::Tensor;
 
 namespace {
@@ -498,3 +500,5 @@ TEST_CASE("Where a batch does not tell its samples apart, they run alone") {
       }),
       "for sample 0 one loss, a scalar, is wanted"));
 }
+
+} // namespace test_fisher

@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+namespace test_fused_lora {
+
 using peft::functional::lora_linear;
 using torch::Tensor;
 
@@ -310,3 +312,5 @@ TEST_CASE("what does not fit is torch's error, and a bias may broadcast") {
   y.sum().backward();
   CHECK(close(q.b.grad(), torch::full({1}, 120.f)));
 }
+
+} // namespace test_fused_lora

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+namespace test_generation {
+
 namespace {
 
 using decoders::Gpt2;
@@ -238,3 +240,5 @@ TEST_CASE("What cannot be generated is named", "[generation]") {
       }),
       "pad on the left"));
 }
+
+} // namespace test_generation

@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_golden_additive {
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -778,3 +780,5 @@ TEST_CASE("bottleneck adapters are written for adapters to read") {
   writer.write(
       "parallel_roberta", "houlsby_gelu_roberta", ParallelAdapterOptions(4));
 }
+
+} // namespace test_golden_additive

@@ -5,6 +5,8 @@
 
 #include "golden_case.h"
 
+namespace test_golden_lora {
+
 using namespace golden_case;
 
 TEST_CASE("files of HF PEFT load and give its output, gradients and steps") {
@@ -294,3 +296,5 @@ TEST_CASE("adapters of every layer kind are written for HF PEFT to read") {
       lora(8, {"fc1", "fc2"}),
       /*half=*/true);
 }
+
+} // namespace test_golden_lora

@@ -6,6 +6,8 @@
 
 #include "golden_case.h"
 
+namespace test_golden_tuners {
+
 using namespace golden_case;
 
 namespace {
@@ -228,3 +230,5 @@ TEST_CASE("tuners: adapters are written for HF PEFT to read") {
       FourierFtOptions(20).scaling(10).targets(Targets({"c_fc", "c_proj"})));
   write("all_linear", "bert", LoKrOptions(2).targets(Targets::all_linear()));
 }
+
+} // namespace test_golden_tuners

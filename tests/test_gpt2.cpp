@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_gpt2 {
+
 namespace {
 
 using decoders::agrees;
@@ -359,3 +361,5 @@ TEST_CASE("LoRA knows which way a Conv1D lies", "[gpt2]") {
   CHECK(peft::AdapterConfig::read(folder / "adapter_config.json")
             .get<bool>("fan_in_fan_out"));
 }
+
+} // namespace test_gpt2

@@ -4,6 +4,8 @@
 #include "gradcheck.h"
 #include "model_state.h"
 
+namespace test_ia3 {
+
 using adapted::Tensor;
 
 namespace {
@@ -245,3 +247,5 @@ TEST_CASE("(IA)3's files come back to the bit", "[ia3]") {
   CHECK(again.method() == "IA3");
   CHECK(torch::equal(other->forward(x), y));
 }
+
+} // namespace test_ia3

@@ -12,6 +12,8 @@
 #include <fstream>
 #include <sstream>
 
+namespace test_intrinsic {
+
 using adapted::Tensor;
 using peft::functional::DenseProjection;
 using peft::functional::FastfoodProjection;
@@ -739,3 +741,5 @@ TEST_CASE("An intrinsic dimension times a number, not a gate", "[intrinsic]") {
       "gates on a site without input: 'first' carries 'intrinsic d=6'"));
   CHECK(peft::adapters(*model).empty());
 }
+
+} // namespace test_intrinsic

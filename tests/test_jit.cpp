@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_jit {
+
 namespace {
 
 using peft::BitFitOptions;
@@ -701,3 +703,5 @@ TEST_CASE("jit: several adapters, on the module and on a part of it") {
     REQUIRE(p.requires_grad());
   }
 }
+
+} // namespace test_jit

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_kept_value {
+
 using torch::Tensor;
 
 namespace {
@@ -183,3 +185,5 @@ TEST_CASE("inference tensors count no versions and are not kept") {
     net.lstm->named_parameters()["weight_ih_l0"].mul_(1.1);
   }
 }
+
+} // namespace test_kept_value

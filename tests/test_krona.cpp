@@ -8,6 +8,8 @@
 
 #include <peft/io/formats/krona.h>
 
+namespace test_krona {
+
 using adapted::Tensor;
 using peft::KronaOptions;
 using peft::Targets;
@@ -663,3 +665,5 @@ TEST_CASE("KronA times a number, and times a gate of its input", "[krona]") {
     CHECK(close(gate[row], torch::full({3, 12}, g, torch::kDouble)));
   }
 }
+
+} // namespace test_krona

@@ -28,6 +28,8 @@
 #include <string>
 #include <vector>
 
+namespace test_ladder {
+
 namespace {
 
 using namespace peft::models;
@@ -960,3 +962,5 @@ TEST_CASE("a ladder that cannot be built is refused", "[ladder]") {
       refused(*std::make_shared<Net>(options), LadderOptions(2)),
       "in one torch::nn::ModuleList beside it and finds 0"));
 }
+
+} // namespace test_ladder

@@ -20,6 +20,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_ladder_cache {
+
 namespace {
 
 using namespace peft::models;
@@ -390,3 +392,5 @@ TEST_CASE("damaged and foreign files are refused", "[ladder]") {
       error_of([&] { ActivationCache(folder / "states/notes.txt"); }),
       "cannot be made a folder"));
 }
+
+} // namespace test_ladder_cache

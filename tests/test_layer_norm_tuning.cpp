@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_layer_norm_tuning {
+
 namespace {
 
 using peft::LayerNormOptions;
@@ -247,3 +249,5 @@ TEST_CASE("LayerNorm tuning says what it cannot find") {
       error_of([&] { peft::attach(*plain, LayerNormOptions()); }),
       "no normalisation with parameters"));
 }
+
+} // namespace test_layer_norm_tuning

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_llama {
+
 namespace {
 
 using decoders::agrees;
@@ -279,3 +281,5 @@ TEST_CASE("LLaMA's sizes that do not fit are named", "[llama]") {
       "must divide hidden_size (16), intermediate_size (24) and head_dim (4), "
       "got 5"));
 }
+
+} // namespace test_llama

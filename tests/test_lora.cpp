@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_lora {
+
 namespace {
 
 using adapted::lora;
@@ -813,3 +815,5 @@ TEST_CASE("files of adapters on tied weights") {
   CHECK(contains(error, "untie them"));
   CHECK(same_state(state_of(model), before));
 }
+
+} // namespace test_lora

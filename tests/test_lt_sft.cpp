@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_lt_sft {
+
 namespace {
 
 using peft::FullTuningOptions;
@@ -237,3 +239,5 @@ TEST_CASE("full fine-tuning of parts") {
     CHECK(same_state(state_of(row.model), before));
   }
 }
+
+} // namespace test_lt_sft

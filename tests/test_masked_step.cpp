@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+namespace test_masked_step {
+
 using torch::Tensor;
 
 namespace {
@@ -349,3 +351,5 @@ TEST_CASE("A masked copy moves between dtypes with its integers") {
   net->to(torch::kDouble);
   CHECK(torch::equal(copy_at(free, "layer.weight").step_mask(), mask));
 }
+
+} // namespace test_masked_step

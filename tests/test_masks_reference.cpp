@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_masks_reference {
+
 using torch::Tensor;
 
 namespace {
@@ -319,3 +321,5 @@ TEST_CASE("Task-free, the published optimizer with its masks inside") {
     }
   }
 }
+
+} // namespace test_masks_reference

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_merge {
+
 namespace {
 
 using adapted::acting;
@@ -808,3 +810,5 @@ TEST_CASE("a model made in inference mode merges inside and outside of it") {
     }
   }
 }
+
+} // namespace test_merge

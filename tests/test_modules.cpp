@@ -6,6 +6,8 @@
 
 #include <sstream>
 
+namespace test_modules {
+
 namespace nn = torch::nn;
 using peft::LoraOptions;
 using peft::Targets;
@@ -952,3 +954,5 @@ TEST_CASE("weights in channels_last order") {
   adapter.unmerge();
   CHECK(equal_bits(peft::base(conv->weight), W));
 }
+
+} // namespace test_modules

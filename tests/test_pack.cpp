@@ -20,6 +20,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_pack {
+
 namespace {
 
 using peft::functional::frozen_linear;
@@ -843,3 +845,5 @@ TEST_CASE("several threads run one packed model") {
     CHECK(result);
   }
 }
+
+} // namespace test_pack

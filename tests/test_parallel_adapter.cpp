@@ -21,6 +21,8 @@
 #include <thread>
 #include <vector>
 
+namespace test_parallel_adapter {
+
 namespace {
 
 using peft::BitFitOptions;
@@ -841,3 +843,5 @@ TEST_CASE("an adapter on a part of a model is widened from the whole") {
   CHECK(close(model->forward(x), acting));
   CHECK(peft::adapters(*model).empty());
 }
+
+} // namespace test_parallel_adapter

@@ -11,6 +11,8 @@
 #include <unistd.h>
 #endif
 
+namespace test_platform {
+
 namespace fs = std::filesystem;
 using peft::detail::AtomicFile;
 using peft::detail::MappedFile;
@@ -125,3 +127,5 @@ TEST_CASE("replacing keeps permissions and follows a symbolic link") {
   REQUIRE((status.st_mode & 07777) == 0640);
 }
 #endif
+
+} // namespace test_platform

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_prefix {
+
 namespace {
 
 using peft::KeyValues;
@@ -758,3 +760,5 @@ TEST_CASE("prefix tuning says what does not fit") {
       error_of([&] { model->forward(own::ids(1, 5)); }),
       "25 tokens, the adapter's included, are more than the 24 positions"));
 }
+
+} // namespace test_prefix

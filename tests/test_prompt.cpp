@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_prompt {
+
 namespace {
 
 using peft::KeyValues;
@@ -756,3 +758,5 @@ TEST_CASE("a prompt with a trained head") {
       std::vector<std::string>{
           "prompt_embeddings", "head.weight", "head.bias"});
 }
+
+} // namespace test_prompt

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_prompt_files {
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -548,3 +550,5 @@ TEST_CASE("folders that do not fit say why") {
   CHECK(contains(error, "unexpected in the file"));
   CHECK(contains(error, "classifier.weight"));
 }
+
+} // namespace test_prompt_files

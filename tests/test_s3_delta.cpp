@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+namespace test_s3_delta {
+
 namespace functional = peft::functional;
 using functional::ShiftGradient;
 using torch::Tensor;
@@ -663,3 +665,5 @@ TEST_CASE("What cannot be searched is refused", "[s3_delta]") {
       }),
       "must be positive"));
 }
+
+} // namespace test_s3_delta

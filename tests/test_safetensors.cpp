@@ -14,6 +14,8 @@
 #include <sys/resource.h>
 #endif
 
+namespace test_safetensors {
+
 namespace {
 
 std::string read_bytes(const std::string& path) {
@@ -421,3 +423,5 @@ TEST_CASE("a write that fails half way leaves the old file", "[safetensors]") {
   REQUIRE(files_in(folder) == 1);
 }
 #endif
+
+} // namespace test_safetensors

@@ -20,6 +20,8 @@
 #include <sys/wait.h>
 #endif
 
+namespace test_search {
+
 namespace {
 
 using peft::Configuration;
@@ -885,3 +887,5 @@ TEST_CASE("the picture is well-formed and its labels stand free") {
       error_of([] { peft::pareto_html(cloud(2, 1, 1), "t", "seconds"); }),
       "no cost 'seconds'"));
 }
+
+} // namespace test_search

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_skinny {
+
 namespace cpu = peft::functional::cpu;
 using peft::functional::CounterDropout;
 using peft::functional::draw_dropout;
@@ -373,3 +375,5 @@ TEST_CASE("A mask looks like independent draws", "[dropout]") {
     }
   }
 }
+
+} // namespace test_skinny

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_soft_topk {
+
 namespace {
 
 using peft::functional::soft_topk;
@@ -409,3 +411,5 @@ TEST_CASE("soft top-k: what is refused") {
       error_of([&] { soft_topk_iterative(s, 2, 0.1, 20, 4.0, 1.5); }),
       "epsilon_decay <= 1, got 4 and 1.5"));
 }
+
+} // namespace test_soft_topk

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_sparse_adapter {
+
 using peft::PruneOptions;
 using torch::Tensor;
 
@@ -691,3 +693,5 @@ TEST_CASE("Masks follow the network's dtype", "[sparse_adapter]") {
               .item<bool>());
   }
 }
+
+} // namespace test_sparse_adapter

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+namespace test_sparse_embedding {
+
 namespace {
 
 using adapted::lora;
@@ -202,3 +204,5 @@ TEST_CASE("optimizers that take sparse gradients step as with dense ones") {
         contains(error_of([&] { train(pair.sparse, a); }), "sparse gradients"));
   }
 }
+
+} // namespace test_sparse_embedding

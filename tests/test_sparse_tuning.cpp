@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_sparse_tuning {
+
 namespace {
 
 using peft::RandomMaskOptions;
@@ -1175,3 +1177,5 @@ TEST_CASE("rows of a mixed batch get the entries of their adapter") {
   CHECK(close(y[2], plain[2]));
   CHECK(close(y[3], with_a[3]));
 }
+
+} // namespace test_sparse_tuning

@@ -13,6 +13,8 @@
 #include <map>
 #include <set>
 
+namespace test_t5 {
+
 namespace {
 
 using peft::KeyValues;
@@ -838,3 +840,5 @@ TEST_CASE("Inputs that do not fit T5 are named", "[t5]") {
       }),
       "max_new_tokens must be positive"));
 }
+
+} // namespace test_t5

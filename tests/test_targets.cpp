@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+namespace test_targets {
+
 namespace {
 
 using peft::LoraOptions;
@@ -455,3 +457,5 @@ TEST_CASE("a pattern that is no regular expression is an error of ours") {
     CHECK(contains(error, "(bad"));
   }
 }
+
+} // namespace test_targets

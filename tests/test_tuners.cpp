@@ -6,6 +6,8 @@
 
 #include <torch/nn/functional/linear.h>
 
+namespace test_tuners {
+
 using torch::Tensor;
 
 namespace {
@@ -378,3 +380,5 @@ TEST_CASE("Tuners refuse what they cannot do, and leave the model", "[tuner]") {
       refusal(*grouped, peft::OftOptions().oft_block_size(2).targets(here)),
       "groups"));
 }
+
+} // namespace test_tuners

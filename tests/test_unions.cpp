@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+namespace test_unions {
+
 using torch::Tensor;
 
 namespace {
@@ -597,3 +599,5 @@ TEST_CASE("LLM-Adapters with packed and transposed weights", "[llm]") {
   peft::load(*model, folder.path().string());
   CHECK(equal_bits(model->forward(ids()), y));
 }
+
+} // namespace test_unions

@@ -10,6 +10,8 @@
 
 #include <fstream>
 
+namespace test_wordpiece {
+
 namespace {
 
 std::vector<std::string> lines_of(const std::string& path) {
@@ -94,3 +96,5 @@ TEST_CASE("The real vocabulary gives the real ids", "[wordpiece]") {
     REQUIRE(torch::equal(ids[static_cast<int64_t>(i)], torch::tensor(row)));
   }
 }
+
+} // namespace test_wordpiece
