@@ -162,6 +162,14 @@ std::vector<Method> every_method() {
   add(method("DoRA", peft::LoraOptions(2).alpha(4).dora(true), all),
       true,
       false);
+  const auto started = [](const char* init) {
+    return peft::LoraOptions(2).alpha(4).init(init);
+  };
+  add(method("PiSSA", started("pissa"), all), true, true);
+  add(method("PiSSA, random", started("pissa_niter_2"), all), true, true);
+  add(method("OLoRA", started("olora"), {bert, llama, t5}), true, true);
+  add(method("orthogonal LoRA", started("orthogonal"), all), true, false);
+  add(method("DoRA from PiSSA", started("pissa").dora(true), all), true, false);
   add(method("AdaLoRA", peft::AdaLoraOptions(10).init_r(2), all), true, true);
   add(method("VeRA", peft::VeraOptions(3), all), true, true);
   add(method("LoHa", peft::LoHaOptions(2), all), true, true);

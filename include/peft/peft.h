@@ -67,6 +67,8 @@
 #include <peft/methods/ladder.h>
 #include <peft/methods/s3_delta.h>
 
+#include <peft/train/parameter_groups.h>
+#include <peft/train/lora_fa.h>
 #include <peft/train/fisher.h>
 #include <peft/train/masked_step.h>
 #include <peft/train/rank_allocator.h>

@@ -36,6 +36,7 @@
 #include <peft/io/formats/trainable_tokens.h>
 #include <peft/io/formats/union.h>
 #include <peft/io/formats/vera.h>
+#include <peft/io/plain_lora.h>
 #include <peft/io/safetensors.h>
 
 #include <torch/serialize.h>
@@ -449,15 +450,31 @@ inline Plan plan_from_folder(
 
 } // namespace detail
 
+/// Options for save.
+struct SaveOptions {
+  /// A LoRA that started as PiSSA or OLoRA is written as a plain LoRA of twice
+  /// the rank, A' = [A; A0] and B' = [B, -B0], which any reader of LoRA can put
+  /// on the base as it is, beside others, and which needs no decomposition to
+  /// be read (HF's path_initial_model_for_weight_conversion, without a second
+  /// folder). The adapter itself stays as it is. Plain LoRA is written as ever.
+  TORCH_ARG(bool, convert_to_plain_lora) = false;
+};
+
 /// Writes adapter_config.json and adapter_model.safetensors into `folder`,
 /// which is made if need be; HF PEFT's from_pretrained reads the methods that
 /// it has. What such a file has no place for and training needs goes into
 /// libpeft_training.safetensors beside them. Each file is replaced only when it
 /// is complete. Fields of a config that was loaded and that libpeft does not
 /// know are written again.
-inline void save(const Adapter& adapter, const std::string& folder) {
+inline void save(
+    const Adapter& adapter,
+    const std::string& folder,
+    const SaveOptions& options = {}) {
   adapter.name(); // an empty or detached handle is an error
-  const detail::AdapterState& state = *adapter.shared_state();
+  const auto plain = options.convert_to_plain_lora()
+      ? detail::as_plain_lora(*adapter.shared_state())
+      : nullptr;
+  const detail::AdapterState& state = plain ? *plain : *adapter.shared_state();
   const auto& format = detail::find_format(
       "adapter '" + state.name + "', a " + state.method + ",",
       [&](const detail::AdapterFormat& f) { return f.writes(state); });

@@ -11,6 +11,7 @@
 #include <peft/methods/lora/options.h> // LoraOptions
 #include <peft/functional/lora.h> // the formula on tensors
 #include <peft/methods/lora/delta.h> // A and B at one weight
+#include <peft/methods/lora/init.h> // what they start as: PiSSA, OLoRA
 #include <peft/methods/lora/dora.h> // and a magnitude for each output
 #include <peft/methods/lora/placement.h> // which weights
 #include <peft/methods/lora/layer.h> // Lora<torch::nn::Linear>

@@ -6,6 +6,7 @@
 #include <peft/methods/lora.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -60,9 +61,13 @@ class LoraFormat final : public AdapterFormat {
   Plan plan(const AdapterConfig& config, const Network& network)
       const override {
     LoraOptions wanted = options(config);
+    check(wanted);
     LoraOptions empty = wanted;
     empty.modules_to_save(modules_in(network, wanted.modules_to_save()));
-    Plan result = detail::plan(empty.init("empty"), network);
+    if (!starts_as_part(wanted.init())) { // those are made of the base again
+      empty.init("empty");
+    }
+    Plan result = detail::plan(empty, network, /*is_from_file=*/true);
     result.options = std::move(wanted);
     return result;
   }
@@ -125,18 +130,24 @@ class LoraFormat final : public AdapterFormat {
     if (const auto* flag = std::get_if<bool>(&init)) {
       o.init(*flag ? "kaiming" : "random");
     } else {
-      const auto& scheme = std::get<std::string>(init);
-      for (const char* rewriting :
-           {"pissa", "olora", "loftq", "corda", "lora_ga"}) {
+      std::string scheme = std::get<std::string>(init);
+      std::transform( // HF takes "OLoRA" too
+          scheme.begin(),
+          scheme.end(),
+          scheme.begin(),
+          [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+      for (const char* rewriting : {"loftq", "corda", "lora_ga"}) {
         TORCH_CHECK(
-            scheme.compare(0, std::string(rewriting).size(), rewriting) != 0,
+            scheme.rfind(rewriting, 0) != 0,
             "peft: init_lora_weights is '",
             scheme,
             "', which changed the base before training; convert the adapter "
             "to plain LoRA with PEFT's "
             "path_initial_model_for_weight_conversion");
       }
-      o.init("gaussian");
+      const bool is_known = scheme.rfind("pissa", 0) == 0 ||
+          scheme == "olora" || scheme == "orthogonal";
+      o.init(is_known ? scheme : "gaussian");
     }
     return o;
   }
@@ -191,6 +202,8 @@ class LoraFormat final : public AdapterFormat {
     }
     if (o.init() == "gaussian" && !o.lora_bias()) { // PEFT refuses the two
       config.set("init_lora_weights", std::string("gaussian"));
+    } else if (starts_as_part(o.init()) || o.init() == "orthogonal") {
+      config.set("init_lora_weights", o.init());
     } else {
       config.set("init_lora_weights", o.init() != "random");
     }

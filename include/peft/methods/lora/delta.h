@@ -5,12 +5,8 @@
 #include <peft/functional/lora_merge.h>
 #include <peft/functional/sparse_embedding.h>
 #include <peft/functional/lora_rows.h>
-#include <peft/methods/lora/options.h>
+#include <peft/methods/lora/offset.h>
 
-#include <torch/nn/init.h>
-
-#include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -32,7 +28,7 @@ enum class LoraLayout {
 
 } // namespace detail
 
-/// LoRA at one weight: A, B and the scaling.
+/// LoRA at one weight: A, B, the scaling, and what it takes off if it does.
 class LoraDelta final : public Delta {
  public:
   using Layout = detail::LoraLayout;
@@ -56,6 +52,15 @@ class LoraDelta final : public Delta {
   }
   const Config& config() const {
     return config_;
+  }
+
+  /// Takes s · B0 A0 off from now on. For matrices [out, in] and [in, out].
+  void take_off(const Tensor& A0, const Tensor& B0) {
+    offset_.A = register_buffer("lora_A0", A0);
+    offset_.B = register_buffer("lora_B0", B0);
+  }
+  const detail::LoraOffset& offset() const {
+    return offset_;
   }
 
   Tensor effective(const Tensor& weight, double scale) const override {
@@ -123,17 +128,18 @@ class LoraDelta final : public Delta {
       const LinearCall& call,
       const Below<LinearCall>& below,
       double scale) const override {
-    auto [down, up] = factors();
-    if (call.rows.begin != 0 || call.rows.end != up.size(0)) {
-      up = up.slice(0, call.rows.begin, call.rows.end);
-    }
-    if (call.transposed) { // (up down)ᵀ = downᵀ upᵀ
-      Tensor swapped = up.t();
-      up = down.t();
-      down = swapped;
-    }
     const double s = scale * config_.scaling;
     const Tensor f = factor(call.x);
+    if (offset_ && dropout_now() > 0.0) { // which is for A, not for the base
+      const Tensor y = below(call);
+      const auto [down, up] = as_used(laid_out(lora_A, lora_B), call);
+      const auto [down0, up0] = as_used(laid_out(offset_.A, offset_.B), call);
+      const Tensor term =
+          functional::lora_linear_term(call.x, down, up, s, dropout_now()) -
+          functional::lora_linear_term(call.x, down0, up0, s);
+      return (y + times_factor(term, f)).to(y.scalar_type());
+    }
+    const auto [down, up] = as_used(factors(), call);
     if (below.is_base && !f.defined()) {
       return functional::lora_linear(
           call.x,
@@ -164,12 +170,16 @@ class LoraDelta final : public Delta {
   int64_t linear_cost() const override {
     return dropout_now() > 0.0 || factor_kind() != Decoration::Factor::none
         ? 0
-        : lora_A.numel() + lora_B.numel();
+        : (lora_A.numel() + lora_B.numel()) * (offset_ ? 2 : 1);
   }
   void visit_state(
       c10::function_ref<void(const Tensor&)> visit) const override {
     visit(lora_A);
     visit(lora_B);
+    if (offset_) {
+      visit(offset_.A);
+      visit(offset_.B);
+    }
   }
 
   bool add_rows(const LinearCall& call, const Tensor& y, double scale)
@@ -178,7 +188,7 @@ class LoraDelta final : public Delta {
         call.rows.end == (call.transposed ? lora_A.size(1) : lora_B.size(0));
     const bool direct = call.transposed ? config_.layout == Layout::transposed
                                         : config_.layout == Layout::matrix;
-    if (!whole || !direct || dropout_now() > 0.0 ||
+    if (!whole || !direct || offset_ || dropout_now() > 0.0 ||
         factor_kind() != Decoration::Factor::none ||
         !functional::can_add_lora_rows(call.x, lora_A, lora_B, y)) {
       return false;
@@ -241,6 +251,11 @@ class LoraDelta final : public Delta {
     return {{"lora_A.weight", lora_A}, {"lora_B.weight", lora_B}};
   }
 
+  std::vector<std::pair<std::string, Tensor>> training_tensors()
+      const override {
+    return offset_.file_tensors();
+  }
+
   /// HF knows no blocks (they become a diagonal of zeros and factors), and its
   /// A sees all inputs of a grouped convolution (zeros outside the group).
   Tensor to_file(const std::string& name, const Tensor& parameter)
@@ -288,6 +303,9 @@ class LoraDelta final : public Delta {
         std::make_shared<LoraDelta>(lora_A.clone(), lora_B.clone(), config_);
     result->lora_A.set_requires_grad(lora_A.requires_grad());
     result->lora_B.set_requires_grad(lora_B.requires_grad());
+    if (offset_) {
+      result->take_off(offset_.A.clone(), offset_.B.clone());
+    }
     result->obstacle_ = obstacle_;
     result->train(is_training());
     return result;
@@ -297,17 +315,14 @@ class LoraDelta final : public Delta {
     return "lora r=" + std::to_string(r());
   }
 
-  /// ΔW = up · down: down [r, columns of W], up [rows of W, r].
+  /// ΔW = s · up down: down [r, columns of W], up [rows of W, r]; of twice the
+  /// rank where something is taken off.
   std::pair<Tensor, Tensor> factors() const {
-    switch (config_.layout) {
-      case Layout::transposed:
-      case Layout::embedding:
-        return {lora_B.t(), lora_A.t()};
-      case Layout::blocks:
-        return {lora_A, scattered_B()};
-      default:
-        return {lora_A, lora_B};
+    if (offset_) {
+      const auto [A, B] = offset_.under(lora_A, lora_B);
+      return laid_out(A, B);
     }
+    return laid_out(lora_A, lora_B);
   }
 
   Tensor lora_A, lora_B;
@@ -316,6 +331,33 @@ class LoraDelta final : public Delta {
   std::string name_of(const std::string& letter) const {
     return (config_.layout == Layout::embedding ? "lora_embedding_" : "lora_") +
         letter;
+  }
+  /// down and up of a product B A.
+  std::pair<Tensor, Tensor> laid_out(const Tensor& A, const Tensor& B) const {
+    switch (config_.layout) {
+      case Layout::transposed:
+      case Layout::embedding:
+        return {B.t(), A.t()};
+      case Layout::blocks:
+        return {A, scattered_B()};
+      default:
+        return {A, B};
+    }
+  }
+  /// down and up of the matrix that a call reads: some rows, or its transpose.
+  static std::pair<Tensor, Tensor> as_used(
+      std::pair<Tensor, Tensor> factors,
+      const LinearCall& call) {
+    auto& [down, up] = factors;
+    if (call.rows.begin != 0 || call.rows.end != up.size(0)) {
+      up = up.slice(0, call.rows.begin, call.rows.end);
+    }
+    if (call.transposed) { // (up down)ᵀ = downᵀ upᵀ
+      std::swap(down, up);
+      down = down.t();
+      up = up.t();
+    }
+    return factors;
   }
   /// Bᵀ from an earlier call, for the CPU kernels without gradients.
   Tensor kept_transpose(const Tensor& x, const Tensor& down, const Tensor& up)
@@ -383,154 +425,9 @@ class LoraDelta final : public Delta {
   }
 
   Config config_;
+  detail::LoraOffset offset_;
   std::string obstacle_;
   functional::TransposedCache transposed_B_;
 };
-
-namespace detail {
-
-/// A and B for a weight, as HF draws them: on the CPU, from the default
-/// generator, in the order of nn.Linear's own initialisation, so that a seed
-/// gives the same numbers in Python.
-inline std::pair<Tensor, Tensor> lora_init(
-    const LoraOptions& options,
-    const std::vector<int64_t>& A_sizes,
-    const std::vector<int64_t>& B_sizes,
-    LoraLayout layout,
-    int64_t r) {
-  torch::NoGradGuard no_grad;
-  if (options.init() == "empty") { // to be filled from a file
-    return {torch::zeros(A_sizes), torch::zeros(B_sizes)};
-  }
-  Tensor A = torch::empty(A_sizes), B = torch::empty(B_sizes);
-  const double root_5 = std::sqrt(5.0);
-  if (layout == LoraLayout::embedding) {
-    A.normal_();
-    B.normal_();
-    if (options.init() != "random") { // a table's A is the zero one
-      A.zero_();
-      B.normal_();
-    }
-    return {A, B};
-  }
-  torch::nn::init::kaiming_uniform_(A, root_5);
-  torch::nn::init::kaiming_uniform_(B, root_5);
-  if (options.init() == "gaussian") {
-    torch::nn::init::normal_(A, 0.0, 1.0 / static_cast<double>(r));
-    B.zero_();
-  } else if (options.init() == "kaiming") {
-    torch::nn::init::kaiming_uniform_(A, root_5);
-    B.zero_();
-  }
-  return {A, B};
-}
-
-/// A LoraDelta for `weight`. `name` is for messages.
-inline std::shared_ptr<LoraDelta> make_lora_delta(
-    const LoraOptions& options,
-    const Tensor& weight,
-    LoraLayout layout,
-    LoraScale scale,
-    const std::string& name,
-    int64_t groups = 1,
-    const std::vector<bool>& enabled = {}) {
-  c10::InferenceMode off(false);
-  const int64_t r = scale.r;
-  LoraDelta::Config config{
-      layout, scale.scaling, options.dropout(), groups, enabled};
-  std::vector<int64_t> A_sizes, B_sizes;
-  switch (layout) {
-    case LoraLayout::matrix:
-      A_sizes = {r, weight.numel() / std::max<int64_t>(1, weight.size(0))};
-      B_sizes = {weight.size(0), r};
-      break;
-    case LoraLayout::transposed:
-    case LoraLayout::embedding:
-      A_sizes = {r, weight.size(0)};
-      B_sizes = {weight.size(1), r};
-      break;
-    case LoraLayout::convolution:
-      TORCH_CHECK_VALUE(
-          r % groups == 0,
-          "peft: r must be divisible by the groups of the convolution '",
-          name,
-          "': got r = ",
-          r,
-          " and groups = ",
-          groups);
-      A_sizes = weight.sizes().vec();
-      A_sizes[0] = r;
-      B_sizes.assign(weight.dim(), 1);
-      B_sizes[0] = weight.size(0);
-      B_sizes[1] = r / groups;
-      break;
-    case LoraLayout::blocks: {
-      int64_t count = 0;
-      for (const bool on : enabled) {
-        count += on ? 1 : 0;
-      }
-      TORCH_CHECK_VALUE(
-          count > 0,
-          "peft: enable_lora switches every block of '",
-          name,
-          "' off");
-      A_sizes = {r * count, weight.size(1)};
-      B_sizes = {weight.size(0) / 3 * count, r};
-      break;
-    }
-  }
-  auto [A, B] = lora_init(options, A_sizes, B_sizes, layout, r);
-  const auto where =
-      torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight));
-  return std::make_shared<LoraDelta>(
-      A.to(where).set_requires_grad(true),
-      B.to(where).set_requires_grad(true),
-      config);
-}
-
-/// HF's lora_bias: b' = b + s · lora_B.bias.
-class LoraBiasDelta final : public Delta {
- public:
-  LoraBiasDelta(Tensor initial, double scaling) : scaling_(scaling) {
-    bias = register_parameter("bias", initial, initial.requires_grad());
-  }
-  Tensor effective(const Tensor& weight, double scale) const override {
-    const Tensor f = number_factor();
-    return at::add(
-        weight,
-        (f.defined() ? bias * f.to(bias.scalar_type()) : bias)
-            .to(weight.scalar_type()),
-        scale * scaling_);
-  }
-  bool takes_factor(Decoration::Factor kind) const override {
-    return kind != Decoration::Factor::input;
-  }
-  std::optional<at::ScalarType> dtype() const override {
-    return bias.scalar_type();
-  }
-  bool is_additive() const override {
-    return true;
-  }
-  std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
-    return {{"lora_B.bias", bias}};
-  }
-  std::shared_ptr<Delta> copy() const override {
-    auto result = std::make_shared<LoraBiasDelta>(
-        bias.detach().clone().set_requires_grad(bias.requires_grad()),
-        scaling_);
-    result->train(is_training());
-    return result;
-  }
-  std::string describe() const override {
-    return "lora bias";
-  }
-
-  Tensor bias;
-
- private:
-  double scaling_;
-};
-
-} // namespace detail
 
 } // namespace peft

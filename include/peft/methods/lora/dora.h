@@ -13,8 +13,7 @@
 #include <peft/functional/dora.h>
 #include <peft/functional/sparse_embedding.h>
 #include <peft/functional/stamp.h>
-#include <peft/methods/lora/delta.h>
-#include <peft/methods/lora/options.h>
+#include <peft/methods/lora/init.h>
 
 #include <c10/core/InferenceMode.h>
 
@@ -31,15 +30,25 @@ namespace peft {
 namespace detail {
 
 /// Keeps ‖W_i‖² while W stays, and outside of training the whole norm while W,
-/// A and B stay. Threads may share it.
+/// A and B stay, or what they are made of. Threads may share it.
 class DoraNormCache {
  public:
   Tensor norm(const Tensor& W, const Tensor& A, const Tensor& B, double scale) {
+    return norm(W, A, B, scale, A, B);
+  }
+  Tensor norm(
+      const Tensor& W,
+      const Tensor& A,
+      const Tensor& B,
+      double scale,
+      const Tensor& source_of_A,
+      const Tensor& source_of_B) {
     const bool training = at::GradMode::is_enabled(); // A and B are to move
     const c10::InferenceMode off(false); // what is kept may meet autograd later
     const at::NoGradGuard no_grad;
     using functional::Stamp;
-    const auto at_W = Stamp::of(W), at_A = Stamp::of(A), at_B = Stamp::of(B);
+    const auto at_W = Stamp::of(W), at_A = Stamp::of(source_of_A),
+               at_B = Stamp::of(source_of_B);
     Tensor squares;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -96,21 +105,31 @@ class DoraDelta final : public Delta {
     return config_;
   }
 
+  /// Takes s · B0 A0 off the direction from now on.
+  void take_off(const Tensor& A0, const Tensor& B0) {
+    offset_.A = register_buffer("lora_A0", A0);
+    offset_.B = register_buffer("lora_B0", B0);
+  }
+  const detail::LoraOffset& offset() const {
+    return offset_;
+  }
+
   /// m = ‖W + s · B A‖, so that W' is W + s · B A.
   void match(const Tensor& weight) {
     const at::NoGradGuard no_grad;
-    magnitude.copy_(
-        fresh_norm(outputs_first(weight), down(), up(), config_.scaling)
-            .reshape(magnitude.sizes()));
+    const auto [down, up] = factors();
+    magnitude.copy_(fresh_norm(outputs_first(weight), down, up, config_.scaling)
+                        .reshape(magnitude.sizes()));
   }
 
   Tensor effective(const Tensor& weight, double scale) const override {
     const auto dtype = weight.scalar_type();
+    const auto [down, up] = factors();
     const Tensor value = functional::dora_weight(
         functional::lora_merged(
             outputs_first(weight),
-            down().to(dtype),
-            up().to(dtype),
+            down.to(dtype),
+            up.to(dtype),
             scale * config_.scaling),
         flat_magnitude().to(dtype));
     return is_transposed() ? value.t() : value.reshape(weight.sizes());
@@ -143,25 +162,29 @@ class DoraDelta final : public Delta {
         " of a weight [in, out] are used alone, and DoRA's norm runs over all ",
         height,
         "; take them from peft::effective(weight)");
-    const Tensor B = whole ? lora_B : lora_B.slice(0, rows.begin, rows.end);
-    const Tensor m =
-        whole ? magnitude : magnitude.slice(0, rows.begin, rows.end);
+    const auto used = [&](const Tensor& t) {
+      return whole ? t : t.slice(0, rows.begin, rows.end);
+    };
+    const auto [A, up] = factors();
+    const Tensor B = used(up), m = used(magnitude);
     const Tensor W = below.is_base ? call.weight : matrix_below(call, below);
     if (by_rows == call.transposed) { // the magnitudes lie along the inputs
       const auto dtype = c10::promoteTypes(W.scalar_type(), B.scalar_type());
-      const Tensor V = functional::lora_merged(
-          W.t().to(dtype), lora_A.to(dtype), B.to(dtype), s);
+      const Tensor V =
+          functional::lora_merged(W.t().to(dtype), A.to(dtype), B.to(dtype), s);
       const Tensor value = functional::dora_weight(V, m.to(dtype));
       return at::linear(call.x, value.t().to(call.x.scalar_type()), call.bias);
     }
-    if (below.is_base) {
-      const Tensor n =
-          whole ? cache_.norm(W, lora_A, B, s) : fresh_norm(W, lora_A, B, s);
+    // Dropout is for A, and what is taken off belongs to the base.
+    const bool is_apart = offset_ && dropout_now() > 0.0;
+    if (below.is_base && !is_apart) {
+      const Tensor n = whole ? cache_.norm(W, A, B, s, lora_A, lora_B)
+                             : fresh_norm(W, A, B, s);
       return functional::dora_linear(
           call.x,
           W,
           call.bias,
-          lora_A,
+          A,
           B,
           m,
           n,
@@ -173,28 +196,40 @@ class DoraDelta final : public Delta {
     return functional::dora_composed(
         call.x,
         call.bias,
-        m / fresh_norm(W, lora_A, B, s),
+        m / fresh_norm(W, A, B, s),
         dropout_now(),
         [&](const Tensor& x, bool with_bias) {
           const std::optional<Tensor> bias =
               with_bias ? call.bias : std::nullopt;
-          return below({x, like(call.weight, x), bias, rows, call.transposed});
+          const Tensor y =
+              below({x, like(call.weight, x), bias, rows, call.transposed});
+          return is_apart
+              ? (y -
+                 functional::lora_linear_term(x, offset_.A, used(offset_.B), s))
+                    .to(y.scalar_type())
+              : y;
         },
-        [&](const Tensor& x) {
-          return at::linear(at::linear(x, lora_A), B).mul(s);
+        [&, &A = A](const Tensor& x) {
+          return functional::lora_linear_term(
+              x, is_apart ? lora_A : A, is_apart ? used(lora_B) : B, s);
         });
   }
 
   int64_t linear_cost() const override {
     return dropout_now() > 0.0
         ? 0
-        : lora_A.numel() + lora_B.numel() + magnitude.numel();
+        : (lora_A.numel() + lora_B.numel()) * (offset_ ? 2 : 1) +
+            magnitude.numel();
   }
   void visit_state(
       c10::function_ref<void(const Tensor&)> visit) const override {
     visit(lora_A);
     visit(lora_B);
     visit(magnitude);
+    if (offset_) {
+      visit(offset_.A);
+      visit(offset_.B);
+    }
   }
 
   bool has_embedding() const override {
@@ -234,9 +269,10 @@ class DoraDelta final : public Delta {
       return functional::convolution(
           call.x, like(value, call.x), call.bias, call.args);
     }
+    const auto [down, up] = factors();
     const Tensor norm = below.is_base
-        ? cache_.norm(outputs_first(W), down(), up(), s)
-        : fresh_norm(outputs_first(W), down(), up(), s);
+        ? cache_.norm(outputs_first(W), down, up, s)
+        : fresh_norm(outputs_first(W), down, up, s);
     // [out, 1, ...]: one factor and one bias for each channel.
     std::vector<int64_t> channel(W.dim() - 1, 1);
     channel[0] = W.size(0);
@@ -265,6 +301,10 @@ class DoraDelta final : public Delta {
         {table ? "lora_embedding_B" : "lora_B.weight", lora_B},
         {"lora_magnitude_vector", magnitude}};
   }
+  std::vector<std::pair<std::string, Tensor>> training_tensors()
+      const override {
+    return offset_.file_tensors();
+  }
 
   std::shared_ptr<Delta> copy() const override {
     const auto twin = [](const Tensor& t) {
@@ -272,6 +312,9 @@ class DoraDelta final : public Delta {
     };
     auto result = std::make_shared<DoraDelta>(
         twin(lora_A), twin(lora_B), twin(magnitude), config_);
+    if (offset_) {
+      result->take_off(offset_.A.clone(), offset_.B.clone());
+    }
     result->train(is_training());
     return result;
   }
@@ -295,11 +338,15 @@ class DoraDelta final : public Delta {
         : weight.dim() == 2 ? weight
                             : weight.reshape({weight.size(0), -1});
   }
-  Tensor down() const {
-    return lora_A.dim() == 2 ? lora_A : lora_A.reshape({lora_A.size(0), -1});
-  }
-  Tensor up() const {
-    return lora_B.dim() == 2 ? lora_B : lora_B.reshape({lora_B.size(0), -1});
+  /// A and B as matrices, of twice the rank where something is taken off.
+  std::pair<Tensor, Tensor> factors() const {
+    if (offset_) {
+      return offset_.under(lora_A, lora_B);
+    }
+    const auto matrix = [](const Tensor& t) {
+      return t.dim() == 2 ? t : t.reshape({t.size(0), -1});
+    };
+    return {matrix(lora_A), matrix(lora_B)};
   }
   Tensor flat_magnitude() const {
     return magnitude.reshape({-1});
@@ -350,12 +397,14 @@ class DoraDelta final : public Delta {
   }
 
   LoraDelta::Config config_;
+  detail::LoraOffset offset_;
   mutable detail::DoraNormCache cache_;
 };
 
 namespace detail {
 
-/// A DoraDelta for `weight`, a plain tensor. `name` is for messages.
+/// A DoraDelta for `weight`, whose norm is that of what it now is with the
+/// adapters that it carries. `name` is for messages.
 inline std::shared_ptr<DoraDelta> make_dora_delta(
     const LoraOptions& options,
     const Tensor& weight,
@@ -385,8 +434,12 @@ inline std::shared_ptr<DoraDelta> make_dora_delta(
   const Tensor ones = at::ones(sizes, lora->lora_A.options());
   auto delta = std::make_shared<DoraDelta>(
       lora->lora_A, lora->lora_B, ones.set_requires_grad(true), lora->config());
+  if (lora->offset()) {
+    delta->take_off(lora->offset().A, lora->offset().B);
+  }
   if (options.init() != "empty") {
-    delta->match(weight);
+    const at::NoGradGuard no_grad;
+    delta->match(effective(weight));
   }
   return delta;
 }

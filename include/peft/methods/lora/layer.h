@@ -3,7 +3,7 @@
 #include <peft/functional/layers.h>
 #include <peft/functional/lora.h>
 #include <peft/methods/explicit_layer.h>
-#include <peft/methods/lora/delta.h>
+#include <peft/methods/lora/init.h>
 
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
@@ -95,9 +95,11 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
     TORCH_CHECK_VALUE(
         !options.dora() && !options.lora_bias() && !options.fan_in_fan_out() &&
             options.bias() == "none" && options.modules_to_save().empty() &&
-            options.enable_lora().empty(),
+            options.enable_lora().empty() &&
+            !detail::starts_as_part(options.init()),
         "peft: an explicit layer takes no dora, lora_bias, fan_in_fan_out, "
-        "bias, modules_to_save or enable_lora; attach() does");
+        "bias, modules_to_save, enable_lora or init 'pissa' or 'olora'; "
+        "attach() does");
     Layer description;
     description.parameters = {{"weight", this->base_layer->weight}};
     detail::describe_layer(*this->base_layer, description);

@@ -48,6 +48,8 @@ struct LoraOptions {
   /// How A and B start: "gaussian" (A ~ N(0, 1/r²), B = 0), "kaiming" (HF's
   /// default: A uniform in ±1/√in, B = 0), or "random" (HF's
   /// init_lora_weights=false: B is not zero, so the adapter acts at once).
+  /// "pissa", "pissa_niter_16" (any number), "olora" and "orthogonal" are for
+  /// matrices (methods/lora/init.h); embeddings start as ever under them.
   TORCH_ARG(std::string, init) = "gaussian";
   /// Which biases train too: "none", "lora_only" (those of the targets), "all".
   TORCH_ARG(std::string, bias) = "none";
@@ -65,6 +67,12 @@ struct LoraOptions {
 };
 
 namespace detail {
+
+/// PiSSA and OLoRA: A and B start as a part of the weight, which is taken off.
+inline bool starts_as_part(const std::string& init) {
+  static const std::regex names("pissa(_niter_[0-9]{1,9})?|olora");
+  return std::regex_match(init, names);
+}
 
 inline void check(const LoraOptions& options) {
   TORCH_CHECK_VALUE(
@@ -103,12 +111,19 @@ inline void check(const LoraOptions& options) {
     check_regex(pattern, "layers_pattern");
   }
   const auto& init = options.init();
+  const bool is_for_matrices = starts_as_part(init) || init == "orthogonal";
   TORCH_CHECK_VALUE(
       init == "gaussian" || init == "kaiming" || init == "random" ||
-          init == "empty",
-      "peft: init must be 'gaussian', 'kaiming' or 'random', got '",
+          init == "empty" || is_for_matrices,
+      "peft: init must be 'gaussian', 'kaiming', 'random', 'pissa', "
+      "'pissa_niter_<number>', 'olora' or 'orthogonal', got '",
       init,
       "'");
+  TORCH_CHECK_VALUE(
+      !is_for_matrices || !options.lora_bias(),
+      "peft: lora_bias does not go with init '",
+      init,
+      "' (HF PEFT refuses it too); switch it off or take init 'kaiming'");
   const auto& bias = options.bias();
   TORCH_CHECK_VALUE(
       bias == "none" || bias == "lora_only" || bias == "all",

@@ -1,8 +1,9 @@
 #pragma once
 
 #include <peft/core/attach.h>
-#include <peft/methods/lora/delta.h>
+#include <peft/methods/lora/bias.h>
 #include <peft/methods/lora/dora.h>
+#include <peft/methods/lora/init.h>
 #include <peft/methods/modules_to_save.h>
 #include <peft/methods/tuner_targets.h>
 
@@ -19,8 +20,11 @@ namespace detail {
 /// Plans LoRA on the modules and parameters that the targets name.
 class LoraPlanner {
  public:
-  LoraPlanner(const LoraOptions& options, const Network& network)
-      : options_(options), network_(network) {}
+  LoraPlanner(
+      const LoraOptions& options,
+      const Network& network,
+      bool is_from_file = false)
+      : options_(options), network_(network), is_from_file_(is_from_file) {}
 
   std::vector<PlannedSite> run() {
     check(options_);
@@ -49,7 +53,7 @@ class LoraPlanner {
             ? " by default (query and value projections); set targets(...)."
             : ".",
         near_misses(network_, "weight"));
-    if (options_.init() != "empty") { // PEFT's files may name more
+    if (!is_from_file_) { // PEFT's files may name more
       check_choices();
     }
     plan_biases(
@@ -238,17 +242,27 @@ class LoraPlanner {
       prefix = layer.parent_attention + ".base_layer.out_proj"; // HF's infix
     }
     const LoraScale scale = lora_scale(options_, pattern_name);
+    const bool is_in_attention =
+        layer.kind == LayerKind::attention || !layer.parent_attention.empty();
+    TORCH_CHECK(
+        !is_in_attention ||
+            !(starts_as_part(options_.init()) ||
+              options_.init() == "orthogonal"),
+        "peft: init '",
+        options_.init(),
+        "' does not start the projections of a torch::nn::MultiheadAttention, "
+        "here '",
+        path,
+        "' (neither does HF PEFT); name linear layers, or take init 'kaiming'");
     std::shared_ptr<Delta> delta;
     if (options_.dora()) {
       TORCH_CHECK(
-          layer.kind != LayerKind::attention && layer.parent_attention.empty(),
+          !is_in_attention,
           "peft: DoRA does not adapt the projections of a "
           "torch::nn::MultiheadAttention, here '",
           path,
           "' (neither does HF PEFT); name linear layers, or switch dora off");
-      const at::NoGradGuard no_grad;
-      delta = make_dora_delta(
-          options_, effective(weight), layout, scale, path, groups);
+      delta = make_dora_delta(options_, weight, layout, scale, path, groups);
     } else {
       delta = make_lora_delta(
           options_, weight, layout, scale, path, groups, enabled);
@@ -334,16 +348,20 @@ class LoraPlanner {
 
   const LoraOptions& options_;
   const Network& network_;
+  bool is_from_file_;
   std::vector<std::string> pattern_names_;
   std::vector<PlannedSite> sites_;
   std::vector<const Layer*> adapted_;
 };
 
-inline Plan plan(const LoraOptions& options, const Network& network) {
+inline Plan plan(
+    const LoraOptions& options,
+    const Network& network,
+    bool is_from_file = false) {
   Plan result;
   result.method = "LORA";
   result.options = options;
-  result.sites = LoraPlanner(options, network).run();
+  result.sites = LoraPlanner(options, network, is_from_file).run();
   return result;
 }
 
