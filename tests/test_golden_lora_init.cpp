@@ -6,6 +6,8 @@
 
 #include "golden_case.h"
 
+namespace test_golden_lora_init {
+
 using namespace golden_case;
 
 namespace {
@@ -248,3 +250,5 @@ TEST_CASE("lora init: adapters are written for HF PEFT to read") {
         peft::SaveOptions().convert_to_plain_lora(true));
   }
 }
+
+} // namespace test_golden_lora_init

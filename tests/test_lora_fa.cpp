@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+namespace test_lora_fa {
+
 using namespace golden_case;
 
 namespace {
@@ -173,3 +175,5 @@ TEST_CASE("LoRA-FA says what it cannot train") {
       error_of([&] { lora_fa.project_gradients(); }),
       "scaling of the adapter"));
 }
+
+} // namespace test_lora_fa

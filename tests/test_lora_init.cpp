@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+namespace test_lora_init {
+
 using torch::Tensor;
 
 namespace {
@@ -551,3 +553,5 @@ TEST_CASE("HF's spelling of the start is read, an unknown one refused") {
   CHECK(contains(respell("corda"), "path_initial_model"));
   CHECK(contains(respell("loftq"), "path_initial_model"));
 }
+
+} // namespace test_lora_init

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+namespace test_parameter_groups {
+
 using namespace golden_case;
 
 namespace {
@@ -173,3 +175,5 @@ TEST_CASE("LoRA+ leaves out what is frozen, and refuses what has no rate") {
   adapter = peft::attach(*network.module, peft::BitFitOptions());
   CHECK(contains(error(1e-3, usual), "(BITFIT) has none"));
 }
+
+} // namespace test_parameter_groups
