@@ -183,6 +183,19 @@ inline TensorMap values(torch::nn::Module& module) {
   return result;
 }
 
+/// The effective weights of a network under some adapters.
+inline TensorMap weights_under(
+    torch::nn::Module& module,
+    const std::vector<std::string>& names) {
+  const torch::NoGradGuard no_grad;
+  const peft::ActiveAdapters scope(names);
+  TensorMap result;
+  for (const auto& [name, tensor] : peft::detail::base_parameters(module)) {
+    result.emplace(name, peft::effective(tensor).detach().clone());
+  }
+  return result;
+}
+
 /// A config's value as PEFT reads it: lists of names have no order, and one
 /// layer may stand without its list.
 inline json as_read(const std::string& field, json value) {

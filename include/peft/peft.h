@@ -66,6 +66,8 @@
 #include <peft/methods/coda.h>
 #include <peft/methods/ladder.h>
 #include <peft/methods/s3_delta.h>
+#include <peft/methods/weighted.h>
+#include <peft/methods/lora/convert.h>
 
 #include <peft/train/parameter_groups.h>
 #include <peft/train/lora_fa.h>
@@ -81,3 +83,5 @@
 #include <peft/io/base_weights.h>
 #include <peft/io/adapter_config.h>
 #include <peft/io/pretrained.h>
+#include <peft/io/save_as_lora.h>
+#include <peft/io/gguf.h>

@@ -16,19 +16,32 @@ set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
     "Python with golden/requirements_adapter_hub.txt installed")
 
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
-foreach(_kind lora lora_init tuners additive)
-  set_property(TEST test_golden_${_kind} APPEND PROPERTY
+foreach(_test golden_lora golden_lora_init
+    golden_tuners golden_additive weighted convert_to_lora)
+  string(REPLACE "golden_" "" _kind ${_test})
+  set_property(TEST test_${_test} APPEND PROPERTY
     ENVIRONMENT "PEFT_REVERSE_DIR=${_reverse}/${_kind}")
-  set_tests_properties(test_golden_${_kind} PROPERTIES
+  set_tests_properties(test_${_test} PROPERTIES
     FIXTURES_SETUP adapters_for_peft)
 endforeach()
+set_property(TEST test_gguf APPEND PROPERTY
+  ENVIRONMENT "PEFT_GGUF_DIR=${_reverse}/gguf")
+set_tests_properties(test_gguf PROPERTIES FIXTURES_SETUP adapters_for_gguf)
 if(_python)
   add_test(NAME check_with_peft
     COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_with_peft.py"
             "${_reverse}/lora" "${_reverse}/lora_init" "${_reverse}/tuners"
-            "${_reverse}/additive/peft")
+            "${_reverse}/additive/peft"
+            "${_reverse}/weighted" "${_reverse}/convert_to_lora")
   set_tests_properties(check_with_peft PROPERTIES
     FIXTURES_REQUIRED adapters_for_peft
+    SKIP_RETURN_CODE 77
+    TIMEOUT 600)
+  add_test(NAME check_gguf
+    COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_gguf.py"
+            "${_reverse}/gguf")
+  set_tests_properties(check_gguf PROPERTIES
+    FIXTURES_REQUIRED adapters_for_gguf
     SKIP_RETURN_CODE 77
     TIMEOUT 600)
 endif()
