@@ -704,4 +704,40 @@ TEST_CASE("jit: several adapters, on the module and on a part of it") {
   }
 }
 
+TEST_CASE("Several adapters on a TorchScript module", "[jit]") {
+  seed();
+  const Module model = two_layers(torch::kFloat);
+  const Tensor x = torch::randn({4, 6});
+  const Tensor base = infer(model, {x});
+  const LoraOptions options = LoraOptions(2).targets({"first"});
+  auto a = peft::attach(model, options, "a");
+  auto b = peft::attach(model, options, "b");
+  randomise(a);
+  randomise(b);
+  const auto under = [&](const std::string& name) {
+    const peft::ActiveAdapters scope({name});
+    return infer(model, {x});
+  };
+  const Tensor of_a = under("a"), of_b = under("b");
+  peft::set_adapter(model, "a");
+  CHECK(peft::active_adapters(model) == std::vector<std::string>{"a"});
+  CHECK(equal_bits(infer(model, {x}), of_a));
+  CHECK_FALSE(b.parameters()[0].requires_grad());
+  peft::rename_adapter(model, "b", "c");
+  CHECK(equal_bits(under("c"), of_b));
+
+  const TemporaryDirectory folder;
+  peft::save_adapters(model, folder.path().string());
+  peft::delete_adapter(model, "a");
+  CHECK(peft::adapters(model).size() == 1);
+  CHECK(equal_bits(under("c"), of_b));
+  peft::hotswap_adapter(model, folder / "a", "c");
+  CHECK(equal_bits(under("c"), of_a));
+  peft::delete_adapter(model, "c");
+  CHECK(equal_bits(infer(model, {x}), base));
+  CHECK(peft::load_adapters(model, folder.path().string()).size() == 2);
+  CHECK(equal_bits(infer(model, {x}), of_a)); // the first acts
+  CHECK(equal_bits(under("c"), of_b));
+}
+
 } // namespace test_jit

@@ -29,6 +29,7 @@
 ///   adapter, and its file holds the bare base.
 
 #include <peft/peft.h>
+#include <peft/io/hotswap.h>
 #include <peft/io/pretrained.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -243,6 +244,30 @@ inline Adapter get_adapter(
   return detail::find_adapter(adapters(model), name);
 }
 
+/// set_adapter, active_adapters, delete_adapter and rename_adapter of
+/// core/adapters.h.
+inline void set_adapter(
+    const torch::jit::Module& model,
+    const AdapterNames& names,
+    bool inference_mode = false) {
+  detail::set_adapter(adapters(model), names, inference_mode);
+}
+inline std::vector<std::string> active_adapters(
+    const torch::jit::Module& model) {
+  return detail::active_adapters(adapters(model));
+}
+inline void delete_adapter(
+    const torch::jit::Module& model,
+    const std::string& name) {
+  detail::delete_adapter(adapters(model), name);
+}
+inline void rename_adapter(
+    const torch::jit::Module& model,
+    const std::string& old_name,
+    const std::string& new_name) {
+  detail::rename_adapter(adapters(model), old_name, new_name);
+}
+
 inline ParameterCount count_parameters(const torch::jit::Module& model) {
   return detail::count_parameters(
       detail::base_parameters(model), adapters(model));
@@ -267,7 +292,35 @@ inline Adapter load(
     const std::string& name = "default",
     const LoadOptions& options = {}) {
   return detail::load_onto(
-      model, describe_network(model), folder, name, options);
+      model,
+      describe_network(model),
+      detail::adapter_folder(folder, name),
+      name,
+      options);
+}
+
+/// save_adapters and load_adapters of io/pretrained.h.
+inline void save_adapters(
+    const torch::jit::Module& model,
+    const std::string& folder) {
+  save_adapters(adapters(model), folder);
+}
+inline std::vector<Adapter> load_adapters(
+    const torch::jit::Module& model,
+    const std::string& folder,
+    const LoadOptions& options = {}) {
+  return detail::load_all_onto(
+      model, describe_network(model), folder, adapters(model).empty(), options);
+}
+
+/// hotswap_adapter of io/hotswap.h.
+inline void hotswap_adapter(
+    const torch::jit::Module& model,
+    const std::string& folder,
+    const std::string& name = "default",
+    const HotswapOptions& options = {}) {
+  detail::hotswap(
+      get_adapter(model, name), describe_network(model), folder, options);
 }
 
 /// A deep copy with adapters of its own; the class and its code are shared.

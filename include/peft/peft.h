@@ -15,6 +15,7 @@
 #include <peft/core/layer_loop.h>
 #include <peft/core/adapter.h>
 #include <peft/core/active.h>
+#include <peft/core/adapters.h>
 #include <peft/core/merge.h>
 #include <peft/core/pack.h>
 #include <peft/core/clone.h>
@@ -83,5 +84,7 @@
 #include <peft/io/base_weights.h>
 #include <peft/io/adapter_config.h>
 #include <peft/io/pretrained.h>
+#include <peft/io/hotswap.h>
+#include <peft/io/optimizer_state.h>
 #include <peft/io/save_as_lora.h>
 #include <peft/io/gguf.h>

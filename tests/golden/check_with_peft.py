@@ -79,6 +79,36 @@ def keys_not_matched(model, folder):
     return wanted - present - again, present - wanted
 
 
+def check_others(folder, facts, said):
+    """What is to be complained of the adapters in folders beside the one at the top.
+
+    Those of the same tuner join it in one model, as load_adapter does; PEFT takes others alone.
+    """
+    top = PeftConfig.from_pretrained(folder / "adapter").peft_type
+    inputs = load_file(folder / "numbers.safetensors")
+    inputs.pop("output")
+    complaints = []
+    for path in sorted((folder / "adapter").glob("*/adapter_config.json")):
+        name = path.parent.name
+        network = written_adapters.base_network(folder, facts)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if PeftConfig.from_pretrained(path.parent).peft_type == top:
+                model = PeftModel.from_pretrained(network, folder / "adapter")
+                model.load_adapter(path.parent, adapter_name=name)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(network, path.parent, adapter_name=name)
+        said += [str(w.message).splitlines()[0] for w in caught]
+        expected = load_file(folder / f"{name}.safetensors")["output"]
+        with torch.no_grad():
+            output = written_adapters.run(model.eval(), inputs)
+        distance = written_adapters.difference(output, expected)
+        if distance > written_adapters.TOLERANCE[expected.dtype]:
+            complaints.append(f"another output of {name}, by {distance:.1e}")
+    return complaints
+
+
 def check(folder):
     """One line of what was found, and whether all is well."""
     facts = json.loads((folder / "case.json").read_text())
@@ -91,6 +121,7 @@ def check(folder):
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(network, folder / "adapter", is_trainable=trains).eval()
     said = [str(w.message).splitlines()[0] for w in caught]
+    others = check_others(folder, facts, said)
     said = [text for text in said if not any(words in text for words in PEFT_ALWAYS_SAYS)]
     missing, unexpected = keys_not_matched(model, folder)
     trainable = model.get_nb_trainable_parameters()[0]
@@ -99,6 +130,7 @@ def check(folder):
         remark = ", out_proj's delta halved because this PEFT adds it twice"
 
     distance, complaints = written_adapters.compare_outputs(folder, facts, model)
+    complaints += others
     complaints += [f"missing {sorted(missing)}"] if missing else []
     complaints += [f"unexpected {sorted(unexpected)}"] if unexpected else []
     complaints += [f"warning: {text}" for text in said]

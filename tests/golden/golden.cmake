@@ -1,5 +1,6 @@
 # The other direction of the golden files: test_golden_lora,
-# test_golden_lora_init, test_golden_tuners and test_golden_additive write adapters, HF PEFT and adapters load them. Skipped
+# test_golden_lora_init, test_golden_tuners, test_golden_additive and
+# test_golden_adapters write adapters, HF PEFT and adapters load them. Skipped
 # where Python has no peft or no adapters; the two need different versions of
 # transformers.
 
@@ -17,7 +18,7 @@ set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
 
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
 foreach(_test golden_lora golden_lora_init
-    golden_tuners golden_additive weighted convert_to_lora)
+    golden_tuners golden_additive golden_adapters weighted convert_to_lora)
   string(REPLACE "golden_" "" _kind ${_test})
   set_property(TEST test_${_test} APPEND PROPERTY
     ENVIRONMENT "PEFT_REVERSE_DIR=${_reverse}/${_kind}")
@@ -31,7 +32,7 @@ if(_python)
   add_test(NAME check_with_peft
     COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_with_peft.py"
             "${_reverse}/lora" "${_reverse}/lora_init" "${_reverse}/tuners"
-            "${_reverse}/additive/peft"
+            "${_reverse}/additive/peft" "${_reverse}/adapters"
             "${_reverse}/weighted" "${_reverse}/convert_to_lora")
   set_tests_properties(check_with_peft PROPERTIES
     FIXTURES_REQUIRED adapters_for_peft

@@ -255,6 +255,7 @@ inline void untag_sites(const std::shared_ptr<AdapterState>& state) {
             entries.end(),
             [&](const Entry& entry) { return entry.adapter == state; }),
         entries.end());
+    site->kept.drop(); // made with what goes, and may be it
     if (entries.empty()) {
       for (const auto& ref : site->tensors) {
         const Tensor t = ref.lock();

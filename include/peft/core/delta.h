@@ -228,6 +228,20 @@ class Delta : public torch::nn::Module {
     return {};
   }
 
+  /// Takes over the values and settings of `other`, made for the same place
+  /// from another file, in the tensors that this has (io/hotswap.h). Returns
+  /// why it cannot, or ""; with `dry_run` it only says so. `may_grow`: a tensor
+  /// may get other memory where its own is too small.
+  virtual std::string
+  take(const Delta& /*other*/, bool /*may_grow*/, bool /*dry_run*/) {
+    return "'" + describe() + "' cannot be swapped in place";
+  }
+  /// Becomes no change at all, by the values of its parameters; false, with
+  /// nothing done, where it has no such values. With `dry_run` it only says so.
+  virtual bool clear(bool /*dry_run*/) {
+    return false;
+  }
+
   /// An independent copy with the same values and requires_grad, without
   /// decorations.
   virtual std::shared_ptr<Delta> copy() const = 0;

@@ -64,6 +64,35 @@ class FormulaDelta : public Delta {
     return result;
   }
 
+  std::string take(const Delta& other, bool /*may_grow*/, bool dry_run)
+      override {
+    const auto* from = dynamic_cast<const Derived*>(&other);
+    if (from == nullptr || from->is_transposed_ != is_transposed_ ||
+        from->names_ != names_) {
+      return "it is a '" + other.describe() + "' of another form";
+    }
+    for (size_t i = 0; i < names_.size(); ++i) {
+      if (from->tensors_[i].sizes() != tensors_[i].sizes()) {
+        return c10::str(
+            names_[i],
+            " has shape ",
+            from->tensors_[i].sizes(),
+            " where ",
+            tensors_[i].sizes(),
+            " fits");
+      }
+    }
+    if (!dry_run) {
+      torch::NoGradGuard no_grad;
+      for (size_t i = 0; i < names_.size(); ++i) {
+        tensors_[i].copy_(from->tensors_[i]);
+      }
+      // Derived shows its settings to readers only.
+      const_cast<typename Derived::Config&>(self().config()) = from->config();
+    }
+    return {};
+  }
+
   bool is_transposed() const {
     return is_transposed_;
   }

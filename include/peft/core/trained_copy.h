@@ -65,6 +65,24 @@ class TrainedCopy final : public Delta {
     return {{file_name_, value}};
   }
 
+  std::string take(const Delta& other, bool /*may_grow*/, bool dry_run)
+      override {
+    const auto* from = dynamic_cast<const TrainedCopy*>(&other);
+    const bool same_rows = from != nullptr &&
+        rows_.has_value() == from->rows_.has_value() &&
+        (!rows_ ||
+         (rows_->begin == from->rows_->begin &&
+          rows_->end == from->rows_->end));
+    if (!same_rows || from->value.sizes() != value.sizes()) {
+      return "it is a '" + other.describe() + "' of another part";
+    }
+    if (!dry_run) {
+      torch::NoGradGuard no_grad;
+      value.copy_(from->value);
+    }
+    return {};
+  }
+
   std::shared_ptr<Delta> copy() const override {
     auto result = std::make_shared<TrainedCopy>(value, file_name_);
     result->rows_ = rows_;

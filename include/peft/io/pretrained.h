@@ -8,7 +8,7 @@
 // What HF writes is read here, and what is written here HF reads. How a method
 // stands in the two files is said in a header of its own, io/formats/.
 
-#include <peft/core/attach.h>
+#include <peft/core/adapters.h>
 #include <peft/io/adapter_config.h>
 #include <peft/io/formats/ada_lora.h>
 #include <peft/io/formats/adapter_hub.h>
@@ -37,15 +37,17 @@
 #include <peft/io/formats/union.h>
 #include <peft/io/formats/vera.h>
 #include <peft/io/plain_lora.h>
+#include <peft/io/pretrained/fill.h>
+#include <peft/io/pretrained/training_state.h>
+#include <peft/io/pretrained/weights.h>
 #include <peft/io/safetensors.h>
 
-#include <torch/serialize.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <map>
-#include <set>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -62,186 +64,6 @@ struct LoadOptions {
 };
 
 namespace detail {
-
-/// In the metadata of a file whose tied weights are adapted as one tensor.
-inline const std::string kTiesMark = "libpeft_ties";
-
-/// The tensors of adapter_model.bin, a pickled dict of tensors.
-inline NamedTensorMap read_pickle(const std::string& path) {
-  std::ifstream stream(path, std::ios::binary);
-  const std::vector<char> bytes(
-      (std::istreambuf_iterator<char>(stream)),
-      std::istreambuf_iterator<char>());
-  c10::IValue value;
-  try {
-    value = torch::pickle_load(bytes);
-  } catch (const std::exception& error) {
-    TORCH_CHECK(
-        false,
-        "peft: '",
-        path,
-        "' is not a pickled dict of tensors (",
-        std::string(error.what()).substr(0, 120),
-        "); save it as adapter_model.safetensors");
-  }
-  TORCH_CHECK(
-      value.isGenericDict(),
-      "peft: '",
-      path,
-      "' holds a ",
-      value.tagKind(),
-      ", not a dict of tensors; save it as adapter_model.safetensors");
-  NamedTensorMap result;
-  for (const auto& item : value.toGenericDict()) {
-    TORCH_CHECK(
-        item.key().isString() && item.value().isTensor(),
-        "peft: '",
-        path,
-        "' holds something other than named tensors");
-    result[item.key().toStringRef()] = item.value().toTensor();
-  }
-  return result;
-}
-
-/// The tensors of a folder, from the first of `files` that it has;
-/// `adapts_ties` says whether the writer adapted tied weights as the one tensor
-/// they are, which PEFT does not.
-inline NamedTensorMap read_adapter_weights(
-    const std::string& folder,
-    const std::vector<std::string>& files,
-    bool& adapts_ties,
-    bool required = true) {
-  namespace fs = std::filesystem;
-  std::string names;
-  for (const auto& name : files) {
-    names += (names.empty() ? "" : ", ") + name;
-    const auto path = fs::path(folder) / name;
-    if (!fs::exists(path)) {
-      continue;
-    }
-    if (path.extension() != ".safetensors") {
-      return read_pickle(path.string());
-    }
-    const auto file = SafetensorsFile::open(path.string());
-    adapts_ties = file.metadata().count(kTiesMark) != 0;
-    return load_safetensors(file);
-  }
-  TORCH_CHECK(
-      !required, "peft: '", folder, "' holds no weights; looked for ", names);
-  return {};
-}
-
-inline std::string listed(const std::vector<std::string>& lines) {
-  std::string text;
-  for (size_t i = 0; i < lines.size(); ++i) {
-    if (i == 20) {
-      return text + "\n    and " + std::to_string(lines.size() - 20) + " more";
-    }
-    text += "\n    " + lines[i];
-  }
-  return text;
-}
-
-/// PEFT adds the frozen weight of an adapted embedding or head to the file
-/// ("embed_tokens.base_layer.weight"): nothing to load where it is the base's.
-inline bool
-repeats_base(const Plan& plan, const std::string& key, const Tensor& value) {
-  for (const auto& site : plan.sites) {
-    if (key != file_key(site.file_prefix, "base_layer.weight")) {
-      continue;
-    }
-    const Tensor own = base(site.tensor).detach();
-    return own.sizes() == value.sizes() &&
-        at::equal(own.to(at::kCPU, at::kFloat), value.to(at::kFloat));
-  }
-  return false;
-}
-
-/// Two tied weights of which the plan adapts one, or both apart: "'a' and 'b'",
-/// or "".
-inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
-  using Parameter = NamedParameters::value_type;
-  ByMemory<std::pair<const Layer*, const Parameter*>> by_memory;
-  for (const auto& layer : network) {
-    for (const auto& p : layer.parameters) {
-      by_memory.emplace(start_of_memory(p.second), std::make_pair(&layer, &p));
-    }
-  }
-  for (const auto& site : plan.sites) {
-    const auto [begin, end] =
-        by_memory.equal_range(start_of_memory(site.tensor));
-    for (auto item = begin; item != end; ++item) {
-      const auto [layer, p] = item->second;
-      const std::string path = layer->path(p->first);
-      if (path != site.parameter && is_tied(p->second, site.tensor)) {
-        return "'" + site.parameter + "' and '" + path + "'";
-      }
-    }
-  }
-  return {};
-}
-
-/// Fills the deltas of a plan from a file's tensors, after checking all.
-inline void fill_plan(
-    Plan& plan,
-    const NamedTensorMap& tensors,
-    const std::string& folder,
-    bool strict) {
-  struct Wanted {
-    std::string key, name;
-    Delta* delta;
-  };
-  std::vector<Wanted> wanted;
-  std::set<std::string> expected;
-  for (const auto& site : plan.sites) {
-    for (const auto& item : site.delta->all_file_tensors()) {
-      auto key = file_key(site.file_prefix, item.first);
-      expected.insert(key);
-      wanted.push_back({std::move(key), item.first, site.delta.get()});
-    }
-  }
-  std::vector<std::string> missing, extra, misshaped;
-  for (const auto& key : expected) {
-    if (tensors.count(key) == 0) {
-      missing.push_back(key);
-    }
-  }
-  for (const auto& [key, value] : tensors) {
-    // PEFT writes wrapped copies of a trained head beside the plain name.
-    const bool repeated = key.find(".modules_to_save.") != std::string::npos ||
-        key.find(".original_module.") != std::string::npos;
-    if (expected.count(key) == 0 && !repeated &&
-        !repeats_base(plan, key, value)) {
-      extra.push_back(key);
-    }
-  }
-  auto each = [&](bool dry_run) {
-    for (const auto& item : wanted) {
-      const auto found = tensors.find(item.key);
-      if (found == tensors.end()) {
-        continue;
-      }
-      const auto misfit =
-          item.delta->from_file(item.name, found->second, dry_run);
-      if (!misfit.empty()) {
-        misshaped.push_back(item.key + ": " + misfit);
-      }
-    }
-  };
-  each(/*dry_run=*/true);
-  TORCH_CHECK(
-      misshaped.empty() && (!strict || (missing.empty() && extra.empty())),
-      "peft: the weights in '",
-      folder,
-      "' do not fit this model and adapter_config.json; nothing was loaded.",
-      misshaped.empty() ? "" : "\n  wrong shape:" + listed(misshaped),
-      !strict || missing.empty()
-          ? ""
-          : "\n  missing from the file:" + listed(missing),
-      !strict || extra.empty() ? ""
-                               : "\n  unexpected in the file:" + listed(extra));
-  each(/*dry_run=*/false);
-}
 
 /// Every method that has files, a header of io/formats/ each.
 inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
@@ -311,80 +133,11 @@ const AdapterFormat& find_format(const std::string& what, Fits&& fits) {
   return *formats().front();
 }
 
-/// What the adapter trains and the weights file drops (the network that makes
-/// the virtual tokens, say).
-inline NamedTensorList training_state(const AdapterState& adapter) {
-  NamedTensorList result;
-  for (const auto& site : adapter.sites) {
-    for (const auto& item : site.delta->all_training_tensors()) {
-      result.emplace_back(
-          file_key(site.file_prefix, item.first), item.second.detach());
-    }
-  }
-  return result;
-}
-
-/// Whether what a delta makes of its state is what the weights file holds.
-inline bool makes_the_same(const Tensor& made, const Tensor& stored) {
-  const Tensor x = made.detach().to(at::kCPU, at::kDouble);
-  const Tensor y = stored.to(at::kCPU, at::kDouble);
-  return x.sizes() == y.sizes() &&
-      (x.numel() == 0 ||
-       (x - y).abs().max().item<double>() <=
-           1e-3 * y.abs().max().item<double>());
-}
-
-/// Takes that up again where the folder has it; all of it, or nothing.
-/// `weights` are those of the weights file.
-inline void fill_training_state(
-    Plan& plan,
-    const NamedTensorMap& weights,
-    const std::string& folder) {
-  const auto path = std::filesystem::path(folder) / kTrainingFile;
-  if (!std::filesystem::exists(path)) {
-    return;
-  }
-  const auto tensors = load_safetensors(path.string());
-  for (const bool dry_run : {true, false}) {
-    for (auto& site : plan.sites) {
-      for (const auto& item : site.delta->all_training_tensors()) {
-        const auto found = tensors.find(file_key(site.file_prefix, item.first));
-        TORCH_CHECK(
-            found != tensors.end(),
-            "peft: '",
-            path.string(),
-            "' lacks '",
-            file_key(site.file_prefix, item.first),
-            "'; remove the file to go on without the state of training");
-        const auto misfit =
-            site.delta->from_file(item.first, found->second, dry_run);
-        TORCH_CHECK(
-            misfit.empty(),
-            "peft: '",
-            found->first,
-            "' in '",
-            path.string(),
-            "': ",
-            misfit);
-      }
-    }
-  }
-  for (auto& site : plan.sites) {
-    for (const auto& item : site.delta->all_file_tensors()) {
-      const auto key = file_key(site.file_prefix, item.first);
-      const auto found = weights.find(key);
-      TORCH_CHECK(
-          found == weights.end() ||
-              makes_the_same(
-                  site.delta->to_file(item.first, item.second), found->second),
-          "peft: '",
-          path.string(),
-          "' does not belong to the weights beside it, it makes another '",
-          key,
-          "'; one of the two was replaced. Remove the file to go on from the "
-          "weights alone");
-    }
-  }
+/// The format that writes the adapter.
+inline const AdapterFormat& format_of(const AdapterState& state) {
+  return find_format(
+      "adapter '" + state.name + "', a " + state.method + ",",
+      [&](const AdapterFormat& f) { return f.writes(state); });
 }
 
 /// What a folder says about a network: a plan whose deltas hold its values.
@@ -438,7 +191,18 @@ inline Plan plan_from_folder(
   drop_tied(result.sites);
   const auto weights = format.unpack(tensors, result);
   fill_plan(result, weights, folder, options.strict());
-  fill_training_state(result, weights, folder);
+  const bool goes_on = fill_training_state(result, weights, folder);
+  const auto lost = format.lost_without_training_file(result);
+  if (!goes_on && options.is_trainable() && !lost.empty()) {
+    TORCH_WARN(
+        "peft: '",
+        folder,
+        "' has no ",
+        kTrainingFile,
+        ", and training that goes on from it lacks ",
+        lost,
+        ". Load with is_trainable(false), or copy the file there");
+  }
   for (auto& site : result.sites) {
     for (auto& p : site.delta->parameters()) {
       p.set_requires_grad(options.is_trainable());
@@ -475,9 +239,7 @@ inline void save(
       ? detail::as_plain_lora(*adapter.shared_state())
       : nullptr;
   const detail::AdapterState& state = plain ? *plain : *adapter.shared_state();
-  const auto& format = detail::find_format(
-      "adapter '" + state.name + "', a " + state.method + ",",
-      [&](const detail::AdapterFormat& f) { return f.writes(state); });
+  const auto& format = detail::format_of(state);
   AdapterConfig config = state.loaded_config.empty()
       ? format.new_config()
       : AdapterConfig::parse(state.loaded_config);
@@ -523,10 +285,58 @@ inline void save(
   } else {
     save_safetensors(training, side.string(), {{"format", "pt"}});
   }
+  fs::remove(fs::path(folder) / detail::kOptimizerFile, error); // as above
   config.write((fs::path(folder) / detail::kConfigFile).string());
 }
 
 namespace detail {
+
+inline bool holds_adapter(const std::filesystem::path& folder) {
+  return std::filesystem::is_regular_file(folder / kConfigFile);
+}
+
+/// The folders in `folder` that hold an adapter, by their names.
+inline std::map<std::string, std::string> adapters_in(
+    const std::string& folder) {
+  namespace fs = std::filesystem;
+  std::map<std::string, std::string> result;
+  if (!fs::is_directory(folder)) {
+    return result;
+  }
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.is_directory() && holds_adapter(entry.path())) {
+      result[entry.path().filename().string()] = entry.path().string();
+    }
+  }
+  return result;
+}
+
+/// Where the adapter `name` lies in `folder`: at the top, or in its own folder.
+inline std::string adapter_folder(
+    const std::string& folder,
+    const std::string& name) {
+  const auto below = adapters_in(folder);
+  if (holds_adapter(folder) || below.empty()) {
+    return folder; // where it holds none, reading it says so
+  }
+  const auto found = below.find(name);
+  std::string names;
+  for (const auto& item : below) {
+    names += (names.empty() ? "'" : ", '") + item.first + "'";
+  }
+  TORCH_CHECK(
+      found != below.end(),
+      "peft: '",
+      folder,
+      "' has no ",
+      kConfigFile,
+      " at the top and no folder '",
+      name,
+      "'; its folders with one are ",
+      names,
+      ": load them by name, or all with load_adapters");
+  return found->second;
+}
 
 /// load() for any kind of model that commit() takes.
 template <class Model>
@@ -543,18 +353,118 @@ Adapter load_onto(
   return adapter;
 }
 
+/// load_adapters() for any kind of model; `is_bare`: it has no adapter yet.
+template <class Model>
+std::vector<Adapter> load_all_onto(
+    Model& model,
+    const Network& network,
+    const std::string& folder,
+    bool is_bare,
+    const LoadOptions& options) {
+  auto folders = adapters_in(folder);
+  if (holds_adapter(folder)) {
+    TORCH_CHECK(
+        folders.count("default") == 0,
+        "peft: '",
+        folder,
+        "' holds an adapter at the top, which is the one named 'default', and "
+        "another in its folder 'default'; rename that folder");
+    folders["default"] = folder;
+  }
+  TORCH_CHECK(
+      !folders.empty(),
+      "peft: '",
+      folder,
+      "' is no folder that holds ",
+      kConfigFile,
+      ", and no folder in it does");
+  std::vector<Adapter> result;
+  try {
+    for (const auto& [name, path] : folders) {
+      result.push_back(load_onto(model, network, path, name, options));
+    }
+  } catch (...) {
+    while (!result.empty()) {
+      result.back().detach();
+      result.pop_back();
+    }
+    throw;
+  }
+  const std::string first =
+      folders.count("default") != 0 ? "default" : folders.begin()->first;
+  for (auto& adapter : result) {
+    if (!is_bare || adapter.name() != first) {
+      adapter.disable();
+    }
+  }
+  return result;
+}
+
 } // namespace detail
 
 /// Attaches the adapter that `folder` holds, written by libpeft or by HF PEFT,
-/// under `name`. All or nothing: missing, unexpected and misshaped keys are one
-/// error that lists them. Parameters of half precision become float32.
+/// under `name`. A folder of several (save_adapters, PEFT's save_pretrained)
+/// that has none at the top gives the one of that name. All or nothing:
+/// missing, unexpected and misshaped keys are one error that lists them, with
+/// the names that come near. Parameters of half precision become float32.
 inline Adapter load(
     torch::nn::Module& model,
     const std::string& folder,
     const std::string& name = "default",
     const LoadOptions& options = {}) {
   return detail::load_onto(
-      model, describe_network(model), folder, name, options);
+      model,
+      describe_network(model),
+      detail::adapter_folder(folder, name),
+      name,
+      options);
+}
+
+/// Writes several adapters, by default all of a model, into one folder as
+/// PEFT's save_pretrained does: the one named "default" at the top, each other
+/// one in a folder of its name. Other folders in it are left alone.
+inline void save_adapters(
+    const std::vector<Adapter>& all,
+    const std::string& folder) {
+  std::map<std::string, Adapter> by_name;
+  for (const auto& adapter : all) {
+    const auto& name = adapter.name();
+    TORCH_CHECK(
+        std::filesystem::path(name).filename().string() == name &&
+            name.find_first_of("/\\:") == std::string::npos,
+        "peft: adapter '",
+        name,
+        "' cannot be saved among others, its name is none of a folder; "
+        "rename_adapter gives it another");
+    TORCH_CHECK(
+        by_name.emplace(name, adapter).second,
+        "peft: two adapters of this model are named '",
+        name,
+        "'; rename one of them");
+    detail::format_of(*adapter.shared_state());
+  }
+  TORCH_CHECK(!by_name.empty(), "peft: there is no adapter to save");
+  for (const auto& [name, adapter] : by_name) {
+    const auto own = std::filesystem::path(folder) / name;
+    save(adapter, name == "default" ? folder : own.string());
+  }
+}
+inline void save_adapters(
+    const torch::nn::Module& model,
+    const std::string& folder) {
+  save_adapters(adapters(model), folder);
+}
+
+/// Attaches every adapter of such a folder: what is at the top as "default",
+/// and each folder that has an adapter_config.json under its own name. All or
+/// nothing. Where the model had no adapter, "default" (or else the first by
+/// name) is active; all others wait, as in PEFT, for set_adapter.
+inline std::vector<Adapter> load_adapters(
+    torch::nn::Module& model,
+    const std::string& folder,
+    const LoadOptions& options = {}) {
+  return detail::load_all_onto(
+      model, describe_network(model), folder, adapters(model).empty(), options);
 }
 
 } // namespace peft

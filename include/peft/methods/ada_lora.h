@@ -158,39 +158,85 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
     }
     return result;
   }
+  /// Of the weights file, the factors of the triplets that are left; of the
+  /// training file the whole ones, whose rank is ranknum.
   std::string from_file(
       const std::string& name,
       const Tensor& value,
       bool dry_run) override {
+    const auto whole = static_cast<int64_t>(config_.ranknum);
     if (name == "ranknum") {
-      if (!dry_run) {
-        config_.ranknum = value.item<double>();
+      return value.numel() == 1 && value.item<double>() == config_.ranknum
+          ? ""
+          : c10::str("it must be init_r, ", whole);
+    }
+    if (name == "kept") {
+      if (value.numel() == 0) {
+        return {};
       }
-    } else if (name == "kept") {
-      if (!dry_run) {
-        config_.kept = value.numel() > 0 ? value.to(at::kBool) : Tensor();
-      }
-    } else if (name.rfind("average.", 0) == 0) {
-      if (!dry_run && value.numel() > 0) {
-        config_.averages.resize(6);
-        config_.averages[name.back() - '0'] =
-            value.to(tensor("lora_A").options()).clone();
-      }
-    } else if (name.rfind("whole.", 0) == 0) {
-      Tensor own = tensor(name.substr(6).c_str());
-      const int64_t rank_at = name == "whole.lora_B" ? 1 : 0;
-      if (value.dim() != 2 ||
-          value.size(1 - rank_at) != own.size(1 - rank_at)) {
+      const int64_t left = at::count_nonzero(value).item<int64_t>();
+      if (value.dim() != 1 || value.size(0) != whole ||
+          (dry_run && left != r())) {
         return c10::str(
-            "shape ", value.sizes(), " where r is free in ", own.sizes());
+            "it names ",
+            left,
+            " of ",
+            value.numel(),
+            " triplets, and the weights have ",
+            r(),
+            " of ",
+            whole);
+      }
+      if (!dry_run) {
+        config_.kept = value.to(at::kBool);
+      }
+      return {};
+    }
+    if (name.rfind("average.", 0) == 0) {
+      const auto index = static_cast<size_t>(name.back() - '0');
+      if (!dry_run && value.numel() == 0 && !config_.averages.empty()) {
+        return "it is empty, and others are not";
+      }
+      if (value.numel() == 0) {
+        return {};
+      }
+      if (value.sizes() != whole_sizes(index % 3)) {
+        return c10::str(
+            "shape ",
+            value.sizes(),
+            " where ",
+            at::IntArrayRef(whole_sizes(index % 3)),
+            " fits");
+      }
+      if (!dry_run && index != config_.averages.size()) {
+        return "others before it are empty";
+      }
+      if (!dry_run) {
+        config_.averages.push_back(
+            value.to(tensor("lora_A").options()).clone());
+      }
+      return {};
+    }
+    if (name.rfind("whole.", 0) == 0) {
+      const std::string own_name = name.substr(6);
+      Tensor own = tensor(own_name.c_str());
+      const size_t factor = own_name == "lora_A" ? 0
+          : own_name == "lora_B"                 ? 1
+                                                 : 2;
+      if (value.sizes() != whole_sizes(factor)) {
+        return c10::str(
+            "shape ",
+            value.sizes(),
+            " where ",
+            at::IntArrayRef(whole_sizes(factor)),
+            " fits");
       }
       if (!dry_run) {
         own.set_data(value.to(own.options()).clone());
       }
-    } else {
-      return FormulaDelta::from_file(name, value, dry_run);
+      return {};
     }
-    return {};
+    return FormulaDelta::from_file(name, value, dry_run);
   }
 
   int64_t r() const {
@@ -211,6 +257,12 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
   }
 
  private:
+  /// Of A, B or E before any triplet was taken away.
+  std::vector<int64_t> whole_sizes(size_t factor) const {
+    auto sizes = file_tensors().at(factor).second.sizes().vec();
+    sizes[factor == 1 ? 1 : 0] = static_cast<int64_t>(config_.ranknum);
+    return sizes;
+  }
   double scaling() const {
     return config_.scaling / (config_.ranknum + 1e-5);
   }

@@ -21,6 +21,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -143,6 +144,25 @@ class Ia3Delta final : public Delta {
     return {{"ia3_l", ia3_l}};
   }
 
+  std::string take(const Delta& other, bool /*may_grow*/, bool dry_run)
+      override {
+    const auto* from = dynamic_cast<const Ia3Delta*>(&other);
+    const auto place = [](const Ia3Delta& delta) {
+      const Rows part = delta.part_.value_or(Rows{});
+      return std::make_tuple(
+          delta.axis_, delta.feedforward_, delta.size_, part.begin, part.end);
+    };
+    if (from == nullptr || place(*from) != place(*this) ||
+        from->ia3_l.sizes() != ia3_l.sizes()) {
+      return "it is an '" + other.describe() + "' of another part";
+    }
+    if (!dry_run) {
+      torch::NoGradGuard no_grad;
+      ia3_l.copy_(from->ia3_l);
+    }
+    return {};
+  }
+
   std::shared_ptr<Delta> copy() const override {
     auto result = std::make_shared<Ia3Delta>(
         ia3_l.detach().clone(), axis_, feedforward_, groups_);
@@ -209,6 +229,13 @@ class Ia3BiasDelta final : public Delta {
            at::ones(bias.size(0) - part_->end, l.options())});
     }
     return (bias * l).to(bias.scalar_type());
+  }
+  /// It has nothing of its own to take.
+  std::string take(const Delta& other, bool /*may_grow*/, bool /*dry_run*/)
+      override {
+    return dynamic_cast<const Ia3BiasDelta*>(&other) != nullptr
+        ? ""
+        : "it is a '" + other.describe() + "'";
   }
   std::optional<at::ScalarType> dtype() const override {
     return weight_->dtype();

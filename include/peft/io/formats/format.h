@@ -10,6 +10,7 @@
 #include <map>
 #include <regex>
 #include <set>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <variant>
@@ -27,6 +28,8 @@ inline constexpr const char* kWeightsFile = "adapter_model.safetensors";
 inline constexpr const char* kPickleFile = "adapter_model.bin";
 /// What training goes on from and PEFT does not save; PEFT passes over it.
 inline constexpr const char* kTrainingFile = "libpeft_training.safetensors";
+/// What save_optimizer writes; PEFT passes over it too.
+inline constexpr const char* kOptimizerFile = "libpeft_optimizer.safetensors";
 inline const std::string kKeyPrefix = "base_model.model.";
 
 inline std::string file_key(
@@ -35,16 +38,55 @@ inline std::string file_key(
   return prefix.empty() ? name : prefix + "." + name;
 }
 
-/// Removes an adapter's name that older writers left in the keys:
-/// "lora_A.default.weight" → "lora_A.weight".
-inline std::string without_adapter_name(const std::string& key) {
-  static const std::regex named(
-      "(.*\\.lora_(?:A|B|embedding_A|embedding_B)|lora_(?:A|B|embedding_A|"
-      "embedding_B))\\.([^.]+)(\\.(?:weight|bias))?");
-  std::smatch match;
-  if (std::regex_match(key, match, named) && match[2] != "weight" &&
-      match[2] != "bias") {
-    return match[1].str() + match[3].str();
+/// What PEFT puts in front of a module's path, and what is left of it in files
+/// that others wrote.
+inline const std::vector<std::string>& key_prefixes() {
+  static const std::vector<std::string> all{
+      kKeyPrefix, "base_model.", "model.", ""};
+  return all;
+}
+
+/// The tensor of a file under that key, behind any of the prefixes.
+template <class Map>
+auto find_in_file(Map& file, const std::string& key) {
+  for (const auto& prefix : key_prefixes()) {
+    const auto found = file.find(prefix + key);
+    if (found != file.end()) {
+      return found;
+    }
+  }
+  return file.end();
+}
+
+/// The expected key that is left when an adapter's name is taken out where PEFT
+/// has it in memory: behind the method's own word ("lora_A.default.weight",
+/// "hada_w1_a.default"), or with the module's ("head.modules_to_save.default.
+/// bias"). The key as it is, where there is none.
+inline std::string without_adapter_name(
+    const std::string& key,
+    const std::set<std::string>& expected) {
+  static const std::regex word(
+      "(lora|vera|hada|lokr|hra|oft|boft|fourierft|ia3|beft|ln_tuning|"
+      "trainable_tokens)_\\w+");
+  std::vector<std::string> parts;
+  std::istringstream stream(key);
+  for (std::string part; std::getline(stream, part, '.');) {
+    parts.push_back(part);
+  }
+  for (size_t i = 0; i + 1 < parts.size(); ++i) {
+    const bool saved = parts[i] == "modules_to_save";
+    if (!saved && !std::regex_match(parts[i], word)) {
+      continue;
+    }
+    std::string plain;
+    for (size_t k = 0; k < parts.size(); ++k) {
+      if (k != i + 1 && !(saved && k == i)) {
+        plain += (plain.empty() ? "" : ".") + parts[k];
+      }
+    }
+    if (expected.count(plain) != 0) {
+      return plain;
+    }
   }
   return key;
 }
@@ -55,9 +97,7 @@ inline NamedTensorMap normalise_keys(
     const std::set<std::string>& expected) {
   NamedTensorMap best;
   size_t best_count = 0;
-  const std::vector<std::string> prefixes{
-      kKeyPrefix, "base_model.", "model.", ""};
-  for (const auto& prefix : prefixes) {
+  for (const auto& prefix : key_prefixes()) {
     NamedTensorMap candidate;
     size_t count = 0;
     for (const auto& [key, value] : tensors) {
@@ -65,10 +105,16 @@ inline NamedTensorMap normalise_keys(
           ? key.substr(prefix.size())
           : key;
       if (expected.count(name) == 0) {
-        name = without_adapter_name(name);
+        const auto plain = without_adapter_name(name, expected);
+        // Another adapter's, or a copy of what is there: it stays unexpected.
+        const bool taken = candidate.count(plain) != 0 ||
+            tensors.count(plain) != 0 || tensors.count(prefix + plain) != 0;
+        name = taken ? name : plain;
       }
       count += expected.count(name);
-      candidate[name] = value;
+      if (!candidate.emplace(name, value).second) {
+        candidate.emplace(key + ", once more", value); // to be unexpected
+      }
     }
     if (best.empty() || count > best_count) {
       best = std::move(candidate);
@@ -222,6 +268,12 @@ class AdapterFormat {
       Plan& /*plan*/,
       const Network& /*network*/,
       const NamedTensorMap& /*file*/) const {}
+
+  /// What a training that goes on from the folder loses where kTrainingFile is
+  /// not beside the weights, for a warning; "" where that is nothing much.
+  virtual std::string lost_without_training_file(const Plan& /*plan*/) const {
+    return {};
+  }
 
   /// A config for an adapter that was not loaded from one.
   virtual AdapterConfig new_config() const {

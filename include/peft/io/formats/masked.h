@@ -30,7 +30,7 @@ inline SparseMask mask_in(const NamedTensorMap& file, const Network& network) {
   for (const auto& layer : network) {
     for (const auto& [key, tensor] : layer.parameters) {
       const auto path = layer.path(key);
-      const auto found = file.find(kKeyPrefix + path + ".indices");
+      const auto found = find_in_file(file, path + ".indices");
       if (found == file.end()) {
         continue;
       }

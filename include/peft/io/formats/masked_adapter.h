@@ -67,6 +67,10 @@ class MaskedFormat final : public AdapterFormat {
     plan.method = kMaskedMethod;
   }
 
+  std::string lost_without_training_file(const Plan& /*plan*/) const override {
+    return "the masks: entries that were pruned would train like all others";
+  }
+
   NamedTensorMap unpack(const NamedTensorMap& file, const Plan& plan)
       const override {
     Plan own = plan;

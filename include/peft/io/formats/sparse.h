@@ -45,7 +45,7 @@ class SparseFormat final : public AdapterFormat {
     for (const auto& layer : network) { // the sites in the network's order
       for (const auto& p : layer.parameters) {
         const auto path = layer.path(p.first);
-        const auto found = file.find(kKeyPrefix + path + end);
+        const auto found = find_in_file(file, path + end);
         if (found != file.end()) {
           check_indices(found->first, found->second);
           mask.set(path, found->second, p.second.sizes());

@@ -124,6 +124,18 @@ class UnionFormat : public AdapterFormat {
     return result;
   }
 
+  std::string lost_without_training_file(const Plan& plan) const override {
+    for (const auto& part :
+         std::any_cast<const UnionParts&>(plan.options).parts) {
+      const Plan own = plan_of(plan, part);
+      auto lost = format_of(own).lost_without_training_file(own);
+      if (!lost.empty()) {
+        return lost;
+      }
+    }
+    return {};
+  }
+
   void complete(Plan& plan, const Network& network, const NamedTensorMap& file)
       const override {
     for (const auto& part :

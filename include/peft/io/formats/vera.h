@@ -13,11 +13,19 @@ namespace peft {
 
 namespace detail {
 
-/// VeRA's A or B, under the name that PEFT gives it or without its prefix.
+/// VeRA's A or B in a file, where an adapter's name may stand behind it.
 template <class Map>
 auto find_projection(Map& file, const std::string& name) {
-  const auto whole = file.find("base_model." + name);
-  return whole != file.end() ? whole : file.find(name);
+  auto found = find_in_file(file, name);
+  for (const auto& prefix : key_prefixes()) {
+    const std::string start = prefix + name + ".";
+    const auto next = file.lower_bound(start);
+    if (found == file.end() && next != file.end() &&
+        next->first.rfind(start, 0) == 0) {
+      found = next;
+    }
+  }
+  return found;
 }
 
 /// A and B stand once in the file, below "base_model." alone.

@@ -38,6 +38,27 @@ class LoraBiasDelta final : public Delta {
   std::vector<std::pair<std::string, Tensor>> file_tensors() const override {
     return {{"lora_B.bias", bias}};
   }
+  std::string take(const Delta& other, bool /*may_grow*/, bool dry_run)
+      override {
+    const auto* from = dynamic_cast<const LoraBiasDelta*>(&other);
+    if (from == nullptr || from->bias.sizes() != bias.sizes()) {
+      return "it is a '" + other.describe() + "'";
+    }
+    if (!dry_run) {
+      torch::NoGradGuard no_grad;
+      bias.copy_(from->bias);
+      scaling_ = from->scaling_;
+    }
+    return {};
+  }
+  bool clear(bool dry_run) override {
+    if (!dry_run) {
+      torch::NoGradGuard no_grad;
+      bias.zero_();
+    }
+    return true;
+  }
+
   std::shared_ptr<Delta> copy() const override {
     auto result = std::make_shared<LoraBiasDelta>(
         bias.detach().clone().set_requires_grad(bias.requires_grad()),

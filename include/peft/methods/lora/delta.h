@@ -26,6 +26,63 @@ enum class LoraLayout {
   blocks // packed q, k, v: one A [r, in] and B [out/3, r] for each enabled one
 };
 
+/// Copies factors of the same or a lower rank into A and B; what is left of
+/// their rank is zero, so the product is the same. The rank runs over A's first
+/// dimension, in `groups` that B knows apart, and over B's second. A higher
+/// rank needs other memory, which `may_grow` allows. Returns why it does not
+/// fit, or "".
+inline std::string take_factors(
+    Tensor& A,
+    Tensor& B,
+    const Tensor& from_A,
+    const Tensor& from_B,
+    int64_t groups,
+    bool may_grow,
+    bool dry_run) {
+  const auto without = [](const Tensor& t, int64_t dim) {
+    auto sizes = t.sizes().vec();
+    sizes.erase(sizes.begin() + dim);
+    return sizes;
+  };
+  if (A.dim() != from_A.dim() || B.dim() != from_B.dim() ||
+      without(A, 0) != without(from_A, 0) ||
+      without(B, 1) != without(from_B, 1)) {
+    return c10::str(
+        "A and B of shape ",
+        from_A.sizes(),
+        " and ",
+        from_B.sizes(),
+        " where ",
+        A.sizes(),
+        " and ",
+        B.sizes(),
+        " fit, up to the rank");
+  }
+  const int64_t r = from_A.size(0) / groups;
+  const bool grows = r > A.size(0) / groups;
+  if (grows && !may_grow) {
+    return c10::str(
+        "rank ",
+        r,
+        " does not fit into the memory of rank ",
+        A.size(0) / groups);
+  }
+  if (dry_run) {
+    return {};
+  }
+  torch::NoGradGuard no_grad;
+  if (grows) {
+    A.set_data(at::empty(from_A.sizes(), A.options().requires_grad(false)));
+    B.set_data(at::empty(from_B.sizes(), B.options().requires_grad(false)));
+  }
+  A.zero_()
+      .unflatten(0, {groups, -1})
+      .narrow(1, 0, r)
+      .copy_(from_A.unflatten(0, {groups, -1}));
+  B.zero_().narrow(1, 0, from_B.size(1)).copy_(from_B);
+  return {};
+}
+
 } // namespace detail
 
 /// LoRA at one weight: A, B, the scaling, and what it takes off if it does.
@@ -294,7 +351,46 @@ class LoraDelta final : public Delta {
         return {};
       }
     }
-    return Delta::from_file(name, value, dry_run);
+    auto misfit = Delta::from_file(name, value, dry_run);
+    if (!misfit.empty()) {
+      misfit += c10::str(" (r = ", r(), ")");
+    }
+    return misfit;
+  }
+
+  std::string take(const Delta& other, bool may_grow, bool dry_run) override {
+    const auto* from = dynamic_cast<const LoraDelta*>(&other);
+    if (from == nullptr || from->config_.layout != config_.layout ||
+        from->config_.groups != config_.groups ||
+        from->config_.enabled != config_.enabled) {
+      return "it is a '" + other.describe() + "' of another form";
+    }
+    if (static_cast<bool>(from->offset_) != static_cast<bool>(offset_) ||
+        (offset_ && from->offset_.A.sizes() != offset_.A.sizes())) {
+      return "what the two take off at their start is not of one rank";
+    }
+    const int64_t groups = config_.layout == Layout::blocks ? enabled_blocks()
+        : config_.layout == Layout::convolution             ? config_.groups
+                                                            : 1;
+    const auto misfit = detail::take_factors(
+        lora_A, lora_B, from->lora_A, from->lora_B, groups, may_grow, dry_run);
+    if (misfit.empty() && !dry_run) {
+      torch::NoGradGuard no_grad;
+      if (offset_) {
+        offset_.A.copy_(from->offset_.A);
+        offset_.B.copy_(from->offset_.B);
+      }
+      config_ = from->config_;
+      obstacle_ = from->obstacle_;
+    }
+    return misfit;
+  }
+  bool clear(bool dry_run) override {
+    if (!dry_run && !offset_) {
+      torch::NoGradGuard no_grad;
+      (config_.layout == Layout::embedding ? lora_A : lora_B).zero_();
+    }
+    return !offset_;
   }
 
   std::shared_ptr<Delta> copy() const override {

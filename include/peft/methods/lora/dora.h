@@ -306,6 +306,36 @@ class DoraDelta final : public Delta {
     return offset_.file_tensors();
   }
 
+  std::string take(const Delta& other, bool may_grow, bool dry_run) override {
+    const auto* from = dynamic_cast<const DoraDelta*>(&other);
+    if (from == nullptr || from->config_.layout != config_.layout ||
+        from->magnitude.sizes() != magnitude.sizes()) {
+      return "it is a '" + other.describe() + "' of another form";
+    }
+    if (static_cast<bool>(from->offset_) != static_cast<bool>(offset_) ||
+        (offset_ && from->offset_.A.sizes() != offset_.A.sizes())) {
+      return "what the two take off at their start is not of one rank";
+    }
+    const auto misfit = detail::take_factors(
+        lora_A,
+        lora_B,
+        from->lora_A,
+        from->lora_B,
+        /*groups=*/1,
+        may_grow,
+        dry_run);
+    if (misfit.empty() && !dry_run) {
+      torch::NoGradGuard no_grad;
+      magnitude.copy_(from->magnitude);
+      if (offset_) {
+        offset_.A.copy_(from->offset_.A);
+        offset_.B.copy_(from->offset_.B);
+      }
+      config_ = from->config_;
+    }
+    return misfit;
+  }
+
   std::shared_ptr<Delta> copy() const override {
     const auto twin = [](const Tensor& t) {
       return t.detach().clone().set_requires_grad(t.requires_grad());
