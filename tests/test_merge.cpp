@@ -438,13 +438,9 @@ TEST_CASE("a bfloat16 merge rounds once") {
   const auto check = [&](const Tensor& merged) {
     const Tensor error = (wide(merged) - exact).abs() / ulp(exact, 8);
     CHECK(error.max().item<double>() <= 1.0);
-    // One rounding to the nearest: half an ulp, and what float32 adds.
+    // One rounding to the nearest: half an ulp, and a rounding on the way.
     CHECK(error.max().item<double>() < 0.501);
-    CHECK(equal_bits(
-        merged,
-        at::addmm(
-            W.to(torch::kFloat), delta.lora_B.detach(), delta.lora_A.detach())
-            .to(torch::kBFloat16)));
+    CHECK(equal_bits(merged, exact.to(torch::kBFloat16)));
   };
   adapter.merge();
   check(peft::base(linear->weight));
@@ -693,7 +689,7 @@ TEST_CASE("what the bound calls safe stays finite next to the largest number") {
             std::ldexp(1., 973)},
            {torch::kBFloat16,
             static_cast<double>(std::numeric_limits<at::BFloat16>::max()),
-            std::ldexp(1., 102),
+            std::ldexp(1., 118),
             std::ldexp(1., 120)},
            {torch::kHalf, 65504, 8, 16}}) {
     INFO(row.dtype);

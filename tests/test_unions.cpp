@@ -270,6 +270,59 @@ TEST_CASE("Parts of UniPELT can be left out, added, ungated", "[union]") {
   CHECK(equal_bits(model->forward(ids(), mask()), base));
 }
 
+TEST_CASE("The biases of UniPELT with a learned number each", "[union]") {
+  const auto options =
+      small_unipelt().bitfit(peft::BitFitOptions({"query", "value"}));
+  auto model = classifier();
+  auto plain = peft::attach(*model, options, "plain");
+  auto adapter = peft::attach(
+      *model,
+      peft::UniPeltOptions(options).bitfit_gate(
+          peft::ScaleOptions(0.25).learned(true)),
+      "gated");
+  CHECK(count_of(adapter, "scale.value") == 2 * 2);
+  CHECK(adapter.num_parameters() == plain.num_parameters() + 2 * 2);
+  plain.detach();
+  randomise(adapter);
+  for (const auto& site : adapter.shared_state()->sites) {
+    if (site.delta->replaces_base()) {
+      const Tensor bias =
+          peft::detail::tensor_of(*peft::detail::lock_site(site));
+      const Tensor b = peft::base(bias);
+      const auto* copy =
+          dynamic_cast<const peft::TrainedCopy*>(site.delta.get());
+      REQUIRE(copy != nullptr);
+      const Tensor g = copy->decorations().at(0)->parameters().at(0);
+      CHECK(close(peft::effective(bias), b + g * (copy->value - b)));
+    }
+  }
+  model->forward(ids(), mask()).sum().backward();
+  for (const auto& item : adapter.named_parameters()) {
+    INFO(item.key());
+    CHECK(item.value().grad().defined());
+  }
+  const auto y = model->forward(ids(), mask());
+  const TemporaryDirectory folder;
+  peft::save(adapter, folder.path().string());
+  auto other = classifier();
+  peft::load(*other, folder.path().string());
+  CHECK(equal_bits(other->forward(ids(), mask()), y));
+
+  CHECK(contains(
+      error_of([&] {
+        peft::attach(
+            *model,
+            small_unipelt().bitfit_gate(peft::ScaleOptions(1)),
+            "without");
+      }),
+      "bitfit_gate is for the biases of bitfit"));
+  CHECK(contains(
+      error_of([&] {
+        peft::attach(*model, peft::Gated(peft::BitFitOptions()), "input");
+      }),
+      "Scaled puts a number there"));
+}
+
 TEST_CASE("A head is trained once, whole and without a gate", "[union]") {
   auto model = classifier();
   const auto plain = small_unipelt();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <peft/core/attach.h>
+#include <peft/core/fold.h>
 
 #include <algorithm>
 #include <memory>
@@ -12,76 +13,88 @@ namespace peft {
 
 namespace detail {
 
-/// The base after `entries`, in their order, rounded once.
-inline Tensor folded(const ActiveEntries& entries, const Tensor& weight) {
-  torch::NoGradGuard no_grad;
-  auto dtype = weight.scalar_type();
-  for (const auto& entry : entries) {
-    dtype = c10::promoteTypes(dtype, entry.delta->dtype().value_or(dtype));
-  }
-  Tensor value = weight.to(dtype);
-  for (const auto& entry : entries) {
-    value = entry.delta->effective(value, entry.scale);
-  }
-  return value.to(weight.scalar_type());
-}
-
-/// Whether every one of `entries` can fold itself into the base without an
-/// overflow. Several into a base of half precision would round several times.
-inline bool folds_in_place(const ActiveEntries& entries, const Tensor& weight) {
-  bool result =
-      entries.size() < 2 || !c10::isReducedFloatingType(weight.scalar_type());
-  with_base(weight, [&](const Tensor& own) {
-    for (const auto& entry : entries) {
-      result =
-          result && entry.delta->fold_into(own, entry.scale, /*dry_run=*/true);
+/// Those of the site's entries that change its weight and whose adapter
+/// `is_wanted`, lowest first.
+template <class IsWanted>
+ActiveEntries entries_of(const Site& site, IsWanted&& is_wanted) {
+  ActiveEntries result;
+  for (const auto& entry : site.entries) {
+    if (!entry.delta->transforms_output() && is_wanted(*entry.adapter)) {
+      result.push_back({entry.delta.get(), entry.adapter->scale});
     }
-  });
+  }
   return result;
 }
 
-inline void fold_in_place(const ActiveEntries& entries, const Tensor& weight) {
-  with_base(weight, [&](const Tensor& own) {
-    for (const auto& entry : entries) {
-      entry.delta->fold_into(own, entry.scale, /*dry_run=*/false);
-    }
-  });
+inline bool is_merged_at(const Site& site, const AdapterState& adapter) {
+  const auto& order = site.merge_order;
+  return std::find(order.begin(), order.end(), &adapter) != order.end();
 }
 
-/// Refuses entries that would write what is not finite; writes nothing. What is
-/// to be written, or an undefined tensor where the entries fold in place.
+/// The base as it was before the first merge, with the dtype and on the device
+/// that it has now. What is merged on top starts from here too: sums that are
+/// rounded at every merge would depend on the order.
+inline Tensor unmerged_base(const Site& site, const Tensor& weight) {
+  const Tensor now = base_of(weight);
+  return site.original.defined()
+      ? site.original.to(now.device(), now.scalar_type())
+      : now;
+}
+
+/// Whether `entries`, to be folded into `base`, are one that can do so in the
+/// base's own memory without an overflow.
+inline bool folds_in_place(const ActiveEntries& entries, const Tensor& base) {
+  return entries.size() == 1 &&
+      entries.front().delta->fold_into(
+          base, entries.front().scale, /*dry_run=*/true);
+}
+
+/// What `entries` make of `base`, or an undefined tensor where they fold in
+/// place or there are none. Refuses what is not finite; writes nothing.
 inline Tensor checked_value(
     const Site& site,
     const ActiveEntries& entries,
-    const Tensor& weight,
+    const Tensor& base,
     const std::string& name) {
   TORCH_CHECK(
-      weight.sizes() == at::IntArrayRef(site.sizes),
+      base.sizes() == at::IntArrayRef(site.sizes),
       "peft: the adapted weight '",
       name,
       "' changed its shape from ",
       at::IntArrayRef(site.sizes),
       " to ",
-      weight.sizes(),
+      base.sizes(),
       " under its adapter; detach the adapter before changing the shape");
-  if (folds_in_place(entries, weight)) {
+  if (entries.empty() || folds_in_place(entries, base)) {
     return {};
   }
-  const Tensor own = base_of(weight);
-  const Tensor value = folded(entries, own);
-  check_finite(value, name, own);
+  const Tensor value = folded(entries, base);
+  check_finite(value, name, base);
   return value;
 }
 
-/// What `adapter` has at this site.
-inline ActiveEntries entries_of(const Site& site, const AdapterState& adapter) {
-  ActiveEntries result;
-  for (const auto& entry : site.entries) {
-    if (entry.adapter.get() == &adapter) {
-      result.push_back({entry.delta.get(), adapter.scale});
+/// Writes what `entries` make of `base` into `weight`; `value` is that where it
+/// is known.
+inline void write_folded(
+    const Tensor& weight,
+    const ActiveEntries& entries,
+    const Tensor& base,
+    const Tensor& value = {}) {
+  const Tensor own = base_of(weight);
+  if (value.defined()) {
+    write_base(weight, value);
+  } else if (entries.empty() || folds_in_place(entries, own)) {
+    if (!base.is_alias_of(own)) {
+      write_base(weight, base);
     }
+    with_base(weight, [&](const Tensor& memory) {
+      for (const auto& entry : entries) {
+        entry.delta->fold_into(memory, entry.scale, /*dry_run=*/false);
+      }
+    });
+  } else {
+    write_base(weight, folded(entries, base));
   }
-  return result;
 }
 
 inline void check_mergeable(const AdapterState& adapter) {
@@ -173,11 +186,14 @@ inline void merge_adapter(AdapterState& adapter) {
   try {
     for (const auto& [name, site] : sites) {
       const Tensor weight = tensor_of(*site);
-      const auto entries = entries_of(*site, adapter);
-      const Tensor value = checked_value(*site, entries, weight, name);
+      const Tensor base = unmerged_base(*site, weight);
+      const auto entries =
+          entries_of(*site, [&, at = site.get()](const AdapterState& other) {
+            return &other == &adapter || is_merged_at(*at, other);
+          });
+      const Tensor value = checked_value(*site, entries, base, name);
       done.emplace_back(site, copy_of_base(weight));
-      value.defined() ? write_base(weight, value)
-                      : fold_in_place(entries, weight);
+      write_folded(weight, entries, base, value);
     }
   } catch (...) {
     for (const auto& [site, before] : done) {
@@ -205,13 +221,11 @@ inline void unmerge_adapter(AdapterState& adapter) {
     auto& order = site->merge_order;
     order.erase(std::remove(order.begin(), order.end(), &adapter), order.end());
     // Start over from the first base: subtracting would round.
-    write_base(weight, site->original);
-    for (const AdapterState* other : order) {
-      const auto entries = entries_of(*site, *other);
-      folds_in_place(entries, weight)
-          ? fold_in_place(entries, weight)
-          : write_base(weight, folded(entries, base_of(weight)));
-    }
+    const auto entries =
+        entries_of(*site, [&, at = site.get()](const AdapterState& other) {
+          return is_merged_at(*at, other);
+        });
+    write_folded(weight, entries, unmerged_base(*site, weight));
     if (order.empty()) {
       site->original = Tensor();
     }
@@ -256,18 +270,18 @@ inline void merge_for_good(const States& states) {
 
   // Everything is checked first, in a dry run where it takes one: folding is
   // cheap, a second copy of the network is not.
-  std::vector<bool> in_place;
+  const auto entries_at = [](const Site& site) {
+    return entries_of(site, [&](const AdapterState& adapter) {
+      return adapter.enabled || is_merged_at(site, adapter);
+    });
+  };
   for (const auto& [name, site] : sites) {
     const Tensor weight = tensor_of(*site);
-    const Tensor value =
-        checked_value(*site, site->active(weight), weight, name);
-    in_place.push_back(!value.defined());
+    checked_value(*site, entries_at(*site), unmerged_base(*site, weight), name);
   }
-  for (size_t i = 0; i < sites.size(); ++i) {
-    const Tensor weight = tensor_of(*sites[i].second);
-    const auto entries = sites[i].second->active(weight);
-    in_place[i] ? fold_in_place(entries, weight)
-                : write_base(weight, folded(entries, base_of(weight)));
+  for (const auto& [name, site] : sites) {
+    const Tensor weight = tensor_of(*site);
+    write_folded(weight, entries_at(*site), unmerged_base(*site, weight));
   }
   for (const auto& state : states) {
     state->merged = false; // folded for good: nothing to restore

@@ -32,6 +32,7 @@ namespace peft {
 ///   peft::UniPeltOptions().modules_to_save({"classifier"})
 ///   peft::UniPeltOptions().prefix(std::nullopt)       two of the three
 ///   peft::UniPeltOptions().bitfit(peft::BitFitOptions())
+///       .bitfit_gate(peft::ScaleOptions(1).learned(true))
 struct UniPeltOptions {
   /// The gate stands in place of α / r, so these are equal; adapter-hub has
   /// both, with LoraOptions(8).alpha(2).
@@ -42,6 +43,10 @@ struct UniPeltOptions {
   TORCH_ARG(std::optional<PfeifferOptions>, adapter) = PfeifferOptions();
   /// Biases that train beside the others, without a gate, as published.
   TORCH_ARG(std::optional<BitFitOptions>, bitfit);
+  /// A number g for each of them, b + g (b' - b), learned with
+  /// ScaleOptions(1).learned(true). A gate G(x) has no place there: a bias
+  /// meets no input.
+  TORCH_ARG(std::optional<ScaleOptions>, bitfit_gate);
   /// std::nullopt: the parts without gates.
   TORCH_ARG(std::optional<GateOptions>, gate) = GateOptions();
   /// Modules trained whole, beside the parts: a task head.
@@ -72,8 +77,18 @@ inline Plan plan(const UniPeltOptions& options, const Network& network) {
     add("adapter", *options.adapter());
   }
   if (options.bitfit()) {
-    join(result, plan(with_heads(*options.bitfit(), heads), network), "bitfit");
+    const auto own = with_heads(*options.bitfit(), heads);
+    join(
+        result,
+        options.bitfit_gate()
+            ? plan(Scaled(own, *options.bitfit_gate()), network)
+            : plan(own, network),
+        "bitfit");
   }
+  TORCH_CHECK_VALUE(
+      options.bitfit() || !options.bitfit_gate(),
+      "peft: UniPELT's bitfit_gate is for the biases of bitfit, which is left "
+      "out; give bitfit(BitFitOptions()) too");
   TORCH_CHECK_VALUE(
       !result.sites.empty(),
       "peft: UniPELT has no part left; give one of lora, prefix, adapter and "

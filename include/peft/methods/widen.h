@@ -11,6 +11,7 @@
 // fall on the adapter's features too.
 
 #include <peft/core/clone.h>
+#include <peft/core/fold.h>
 #include <peft/methods/parallel_adapter.h>
 
 #include <torch/nn/modules/linear.h>
@@ -232,10 +233,11 @@ inline void merge_by_widening(
         }
       }
     } else if (record.delta->replaces_base()) {
-      torch::NoGradGuard no_grad;
       const Tensor tensor = detail::tensor_of(*detail::lock_site(record));
-      const Tensor value =
-          record.delta->effective(peft::base(tensor), state->scale).clone();
+      detail::ActiveEntries entries;
+      entries.push_back({record.delta.get(), state->scale});
+      torch::NoGradGuard no_grad;
+      const Tensor value = detail::folded(entries, peft::base(tensor)).clone();
       detail::check_finite(value, record.name);
       folds.emplace_back(tensor, value);
     }

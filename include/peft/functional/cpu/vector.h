@@ -1,9 +1,9 @@
 #pragma once
 
-// Vectors of float for the CPU kernels: one body of code for every instruction
-// set, chosen when the program runs, without compiler flags for the user. The
-// types are the vector extensions of GCC and Clang; elsewhere a vector has one
-// lane and is a float.
+// Vectors of float and double for the CPU kernels: one body of code for every
+// instruction set, chosen when the program runs, without compiler flags for the
+// user. The types are the vector extensions of GCC and Clang; elsewhere a
+// vector has one lane and is a float.
 
 #include <c10/util/BFloat16.h>
 
@@ -79,6 +79,7 @@ constexpr int kPlainLanes = 4;
 template <int kLanes>
 struct Vector {
   typedef float Float __attribute__((vector_size(4 * kLanes)));
+  typedef double Double __attribute__((vector_size(8 * kLanes)));
   typedef uint32_t Word __attribute__((vector_size(4 * kLanes)));
   typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 };
@@ -94,6 +95,7 @@ constexpr int kPlainLanes = 1;
 template <int kLanes>
 struct Vector {
   using Float = float;
+  using Double = double;
   using Word = uint32_t;
   using Half = uint16_t;
 };
@@ -106,6 +108,8 @@ inline void convert(To& to, const From& from) {
 
 template <int kLanes>
 using Floats = typename Vector<kLanes>::Float;
+template <int kLanes>
+using Doubles = typename Vector<kLanes>::Double;
 template <int kLanes>
 using Words = typename Vector<kLanes>::Word;
 
@@ -128,6 +132,11 @@ PEFT_ALWAYS_INLINE void keep_not_less(Word& word, const Word& a, uint32_t b) {
 /// v = the elements at p, wherever they lie.
 template <int kLanes>
 PEFT_ALWAYS_INLINE void load(Floats<kLanes>& v, const float* p) {
+  std::memcpy(&v, p, sizeof(v));
+}
+
+template <int kLanes>
+PEFT_ALWAYS_INLINE void load(Doubles<kLanes>& v, const double* p) {
   std::memcpy(&v, p, sizeof(v));
 }
 

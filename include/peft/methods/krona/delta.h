@@ -5,10 +5,10 @@
 
 #include <peft/core/delta.h>
 #include <peft/functional/kronecker.h>
+#include <peft/methods/kronecker_term.h>
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -142,41 +142,10 @@ class KronaDelta final : public Delta {
   /// s · x ΔMᵀ for the rows that a call uses; undefined where none of them is
   /// changed here.
   Tensor term(const LinearCall& call, double scale) const {
-    auto [left, right] = factors();
-    const int64_t block = right.size(0); // rows of the weight for one of left
-    const Rows own = part_.value_or(Rows{0, left.size(0) * block});
-    const Rows used{
-        std::max(own.begin, call.rows.begin), std::min(own.end, call.rows.end)};
-    if (used.begin >= used.end) {
-      return {};
-    }
-    const int64_t count = used.end - used.begin;
-    // Whole rows of left around them, and what these have too much.
-    const int64_t first = (used.begin - own.begin) / block;
-    const int64_t last = (used.end - own.begin + block - 1) / block;
-    const int64_t before = used.begin - own.begin - first * block;
-    const int64_t after = (last - first) * block - before - count;
-    if (last - first != left.size(0)) {
-      left = left.slice(0, first, last);
-    }
-    const double s = scale * scaling_;
-    if (s != 1.0) {
-      left = left.mul(s);
-    }
-    const Rows around{
-        used.begin - call.rows.begin, call.rows.end - used.end}; // unchanged
-    Tensor x = call.x.to(krona_A.scalar_type());
-    if (call.transposed) {
-      x = pad(pad(x, -around.begin, -around.end), before, after);
-      return functional::kronecker_linear(x, left.t(), right.t());
-    }
-    const Tensor y = functional::kronecker_linear(x, left, right);
-    return pad(pad(y, -before, -after), around.begin, around.end);
-  }
-
-  /// Zeros in front of the last dimension and behind it; negative numbers cut.
-  static Tensor pad(const Tensor& t, int64_t front, int64_t back) {
-    return front == 0 && back == 0 ? t : at::constant_pad_nd(t, {front, back});
+    const auto [left, right] = factors();
+    const Rows all{0, left.size(0) * right.size(0)};
+    return kronecker_term(
+        call, left, right, part_.value_or(all), scale * scaling_);
   }
 
   double scaling_;

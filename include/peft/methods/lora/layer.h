@@ -1,5 +1,6 @@
 #pragma once
 
+#include <peft/core/fold.h>
 #include <peft/functional/layers.h>
 #include <peft/functional/lora.h>
 #include <peft/methods/explicit_layer.h>
@@ -153,10 +154,9 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
       own.fold_into(weight, 1.0, /*dry_run=*/false);
       return;
     }
-    weight.copy_(own.effective(
-        weight.to(
-            c10::promoteTypes(weight.scalar_type(), lora_A.scalar_type())),
-        1.0));
+    detail::ActiveEntries entries;
+    entries.push_back({&own, 1.0});
+    weight.copy_(detail::folded(entries, weight));
   }
   Tensor& folded() {
     return this->base_layer->weight;
