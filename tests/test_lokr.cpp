@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+namespace test_lokr {
+
 using torch::Tensor;
 namespace nn = torch::nn;
 
@@ -137,3 +139,5 @@ TEST_CASE("A training step of LoKr makes no matrix of the weight's size") {
           accounting::sizes_of(step),
           static_cast<int64_t>(linear->weight.nbytes())) > 0);
 }
+
+} // namespace test_lokr

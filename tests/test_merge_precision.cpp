@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+namespace test_merge_precision {
+
 namespace {
 
 using peft::Adapter;
@@ -512,3 +514,5 @@ TEST_CASE("A product is folded in within an ulp on every path") {
   }
   cpu::detail::isa() = before;
 }
+
+} // namespace test_merge_precision
