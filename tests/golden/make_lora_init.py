@@ -164,6 +164,8 @@ INITIAL = [
     case("init_olora_bfloat16", "mlp", "olora", FC, **BF16),
     case("init_orthogonal", "mlp", "orthogonal", dict(FC, r=4)),
     case("init_orthogonal_bfloat16", "mlp", "orthogonal", dict(FC, r=2), **BF16),
+    case("init_gaussian_bfloat16", "tokens", "gaussian", dict(
+        r=4, lora_alpha=4, target_modules=["emb", "fc"]), **BF16),
     case("init_orthogonal_embedding", "tokens", "orthogonal", dict(
         r=4, lora_alpha=4, target_modules=["emb", "fc"])),
 ]

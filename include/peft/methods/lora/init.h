@@ -164,8 +164,7 @@ inline std::pair<Tensor, Tensor> matrix_init(
   const Tensor own = base(weight).detach();
   const Tensor W = is_transposed ? own.t() : own;
   if (init == "orthogonal") {
-    const auto [A, B] = orthogonal_init(scale.r, W.size(1), W.size(0), name);
-    return {A.to(W.scalar_type()), B.to(W.scalar_type())}; // HF rounds them so
+    return orthogonal_init(scale.r, W.size(1), W.size(0), name);
   }
   const Tensor wide = W.to(adapter_dtype(W));
   return init == "olora" ? olora_init(wide, scale.r)
@@ -235,7 +234,12 @@ inline std::shared_ptr<LoraDelta> make_lora_delta(
   }
   const auto where =
       torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight));
-  const Tensor A = start.first.to(where), B = start.second.to(where);
+  // HF makes them in the base's dtype first, which rounds. It rounds a part of
+  // the weight too, which then is no longer what is taken off; not so here.
+  const auto drawn = [&](const Tensor& t) {
+    return (is_part && by_matrix ? t : t.to(weight.scalar_type())).to(where);
+  };
+  const Tensor A = drawn(start.first), B = drawn(start.second);
   auto delta = std::make_shared<LoraDelta>(
       A.set_requires_grad(true), B.set_requires_grad(true), config);
   if (by_matrix && is_part) {
