@@ -2,7 +2,9 @@
 // (library.cpp is one) may not have run theirs.
 #include "interface.h"
 
-#include <peft/peft.h>
+#include <peft/core/adapted_weight.h>
+#include <peft/core/attach.h>
+#include <peft/methods/lora.h>
 
 #include <cstdio>
 

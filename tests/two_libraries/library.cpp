@@ -1,7 +1,9 @@
 // One of the two libraries (both are made from this file).
 #include "interface.h"
 
-#include <peft/peft.h>
+#include <peft/core/adapted_weight.h>
+#include <peft/core/attach.h>
+#include <peft/methods/lora.h>
 
 #include <memory>
 

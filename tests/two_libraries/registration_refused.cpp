@@ -1,7 +1,9 @@
 // registration_refused key|version: somebody else owns the dispatch key, or
 // another version of libpeft is in the process. Attach says so and changes
 // nothing.
-#include <peft/peft.h>
+#include <peft/core/adapted_weight.h>
+#include <peft/core/attach.h>
+#include <peft/methods/lora.h>
 
 #include <torch/library.h>
 
