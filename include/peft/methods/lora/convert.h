@@ -264,7 +264,9 @@ class LoraConverter {
   Tensor changed_value(const Site& site, Tensor& base) const {
     base = base_of(tensor_of(site)).detach().to(at::kDouble);
     Tensor value = base;
-    for (const auto& entry : entries_of(site, from_)) {
+    const auto own = entries_of(
+        site, [&](const AdapterState& adapter) { return &adapter == &from_; });
+    for (const auto& entry : own) {
       value = entry.delta->effective(value, entry.scale);
     }
     return value;
