@@ -310,11 +310,11 @@ TEST_CASE("PiSSA merges with one rounding, and unmerges to the bit") {
     for (int i = 0; i < 3; ++i) {
       adapter.merge();
       const Tensor merged = peft::base(layer->weight).detach();
-      const double unit = dtype == torch::kDouble ? 1e-15
-          : dtype == torch::kFloat                ? 6e-7
-          : dtype == torch::kHalf                 ? 4.9e-4
-                                                  : 3.95e-3;
-      REQUIRE(close(merged, exact, unit, unit * 0.1));
+      if (dtype == torch::kDouble) {
+        REQUIRE(close(merged, exact, 1e-15, 1e-16));
+      } else {
+        REQUIRE(equal_bits(merged, exact.to(dtype)));
+      }
       adapter.unmerge();
       REQUIRE(equal_bits(peft::base(layer->weight).detach(), W));
     }

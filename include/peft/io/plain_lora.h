@@ -9,6 +9,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace peft {
@@ -25,8 +26,7 @@ inline std::pair<Tensor, Tensor> doubled_factors(
   const at::NoGradGuard no_grad;
   Tensor down = A.detach(), up = B.detach();
   if (offset) {
-    down = at::cat({down, offset.A});
-    up = at::cat({up, -offset.B}, 1);
+    std::tie(down, up) = offset.beside(down, up);
   }
   const int64_t missing = 2 * r - down.size(0);
   return {

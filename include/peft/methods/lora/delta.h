@@ -149,7 +149,9 @@ class LoraDelta final : public Delta {
   bool fold_into(const Tensor& weight, double scale, bool dry_run)
       const override {
     torch::NoGradGuard no_grad;
-    auto [down, up] = factors();
+    const auto own = offset_ ? offset_.beside(lora_A, lora_B)
+                             : std::make_pair(lora_A, lora_B);
+    auto [down, up] = laid_out(own.first, own.second);
     if (factor_kind() != Decoration::Factor::none) {
       return false;
     }

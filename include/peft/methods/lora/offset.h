@@ -35,6 +35,12 @@ struct LoraOffset {
     return {at::cat({A1, A1 - A}), at::cat({B1 - B, B}, 1)};
   }
 
+  /// The same of [A; A0] and [B, -B0], where no gradient is wanted: nothing is
+  /// rounded before the product.
+  std::pair<Tensor, Tensor> beside(const Tensor& A1, const Tensor& B1) const {
+    return {at::cat({A1, A}), at::cat({B1, -B}, 1)};
+  }
+
   /// For training_tensors(): HF makes them from the base again, which rounds,
   /// and may draw.
   std::vector<std::pair<std::string, Tensor>> file_tensors() const {
