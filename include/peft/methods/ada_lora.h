@@ -128,6 +128,24 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
         : tensor("lora_A").numel() + tensor("lora_B").numel();
   }
 
+  /// Dropout acts on the input, which no weight expresses.
+  bool has_convolution() const override {
+    return is_training() && config_.dropout > 0;
+  }
+  Tensor convolution(
+      const ConvolutionCall& call,
+      const Below<ConvolutionCall>& below,
+      double scale) const override {
+    const Tensor y = below(call);
+    const Tensor A = tensor("lora_A") * tensor("lora_E");
+    const Tensor change = at::mm(tensor("lora_B"), A).view(call.weight.sizes());
+    const Tensor x = at::dropout(
+        call.x.to(change.scalar_type()), config_.dropout, is_training());
+    const Tensor term =
+        functional::convolution(x, change, std::nullopt, call.args);
+    return at::add(y, term, scale * scaling()).to(y.scalar_type());
+  }
+
   /// What is taken away is not written; PEFT knows from rank_pattern.
   Tensor to_file(const std::string& name, const Tensor& parameter)
       const override {

@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <memory>
+#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -91,13 +92,28 @@ class FourierFtDelta final : public FormulaDelta<FourierFtDelta> {
 
 namespace detail {
 
+/// HF's rule for n_frequency_pattern, another than that of rank_pattern: the
+/// first pattern that fits what follows a dot of the name, else the whole name.
+inline int64_t n_frequency_at(
+    const FourierFtOptions& options,
+    const std::string& name) {
+  auto result = static_cast<double>(options.n_frequency());
+  for (const auto& [pattern, n] : options.n_frequency_pattern()) {
+    if (std::regex_search(
+            name,
+            std::regex(".*\\." + pattern + "$"),
+            std::regex_constants::match_continuous)) {
+      return static_cast<int64_t>(n);
+    }
+    result = pattern == name ? n : result;
+  }
+  return static_cast<int64_t>(result);
+}
+
 inline std::shared_ptr<FourierFtDelta> make_fourier_ft(
     const FourierFtOptions& options,
     const TunerWeight& w) {
-  const auto n = static_cast<int64_t>(pattern_value(
-      options.n_frequency_pattern(),
-      w.layer.name,
-      static_cast<double>(options.n_frequency())));
+  const int64_t n = n_frequency_at(options, w.layer.name);
   TORCH_CHECK_VALUE(
       n > 0 && n <= w.weight.numel(),
       "peft: n_frequency must lie between 1 and the ",

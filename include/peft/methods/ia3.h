@@ -413,10 +413,12 @@ class Ia3Planner {
       const {
     c10::InferenceMode off(false);
     const auto dtype = adapter_dtype(weight);
-    const auto options = torch::TensorOptions(weight.device()).dtype(dtype);
-    Tensor l = options_.init_ia3_weights() ? torch::ones(shape, options)
-                                           : torch::randn(shape, options);
-    return l.set_requires_grad(true);
+    // As in HF it is drawn in float32 and has the precision of the weight.
+    const Tensor l =
+        options_.init_ia3_weights() ? torch::ones(shape) : torch::randn(shape);
+    return l.to(weight.device(), weight.scalar_type())
+        .to(dtype)
+        .set_requires_grad(true);
   }
 
   const Ia3Options& options_;

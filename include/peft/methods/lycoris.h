@@ -109,9 +109,11 @@ inline Tensor add_lycoris(
     double s,
     const LycorisConfig& config,
     bool is_training) {
-  if (is_training && config.module_dropout > 0.0 &&
-      at::rand({1}).item<double>() <= config.module_dropout) {
-    return weight;
+  if (is_training) { // HF draws in any case
+    const double drawn = at::rand({1}).item<double>();
+    if (config.module_dropout > 0.0 && drawn <= config.module_dropout) {
+      return weight;
+    }
   }
   if (is_training && config.rank_dropout > 0.0) {
     Tensor kept =

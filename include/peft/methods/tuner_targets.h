@@ -303,9 +303,10 @@ std::vector<PlannedSite> plan_tuner(
 }
 
 /// A parameter for `weight`: its device, at least float32; drawn on the CPU, so
-/// that a seed gives the same numbers everywhere.
+/// that a seed gives the same numbers everywhere. As in HF a start has the
+/// precision of the weight.
 inline Tensor parameter_for(const Tensor& weight, const Tensor& value) {
-  return value
+  return value.to(weight.scalar_type())
       .to(torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight)))
       .set_requires_grad(true);
 }

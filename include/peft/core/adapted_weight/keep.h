@@ -62,6 +62,11 @@ Tensor moved(const Tensor& self, Move&& move) {
   if (result.is_same(source)) {
     return self;
   }
+  // A copy of a base that holds its adapters, with nothing else to act, has
+  // the value already; a tag would add them once more.
+  if (!meta->site->merge_order.empty() && meta->site->active(source).empty()) {
+    return meta->cut ? result : guard_merged(std::move(result), *meta->site);
+  }
   set_tag(result, same_tag(*meta));
   return result;
 }

@@ -76,8 +76,15 @@ inline Tensor fast_linear(
     bool multiplies_by_w) {
   auto* meta = tag_of(w);
   if (meta == nullptr || !meta->matrix || meta->cut || w.dim() != 2 ||
-      x.dim() < 2) {
+      x.dim() < 1) {
     return {};
+  }
+  if (x.dim() == 1) { // one row
+    if (mixed_rows() != nullptr) {
+      return {};
+    }
+    Tensor y = fast_linear(x.unsqueeze(0), w, bias, multiplies_by_w);
+    return y.defined() ? y.squeeze(0) : y;
   }
   const std::shared_ptr<Site> site = meta->site;
   const Participants active = participants(*site, root_of(w, *meta));

@@ -95,7 +95,9 @@ class Ia3Format final : public AdapterFormat {
     if (!o.exclude().empty()) {
       write_targets(config, "exclude_modules", o.exclude());
     }
-    config.set("fan_in_fan_out", transposed);
+    if (adapter.loaded_config.empty()) {
+      config.set("fan_in_fan_out", transposed);
+    }
     config.set("init_ia3_weights", o.init_ia3_weights());
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());

@@ -193,7 +193,10 @@ class LoraFormat final : public AdapterFormat {
     config.set("use_dora", o.dora());
     config.set("bias", o.bias());
     config.set("lora_bias", o.lora_bias());
-    config.set("fan_in_fan_out", o.fan_in_fan_out() || is_transposed(adapter));
+    if (adapter.loaded_config.empty()) {
+      config.set(
+          "fan_in_fan_out", o.fan_in_fan_out() || is_transposed(adapter));
+    }
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());
     }

@@ -112,7 +112,7 @@ class TunerFormat : public AdapterFormat {
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());
     }
-    if (has_fan_in_fan_out()) {
+    if (has_fan_in_fan_out() && adapter.loaded_config.empty()) {
       config.set("fan_in_fan_out", transposed);
     }
     write_own(o, config);
