@@ -196,6 +196,47 @@ struct Gpt2Mlp : torch::nn::Module {
   }
 };
 
+/// Three matrices up and three down in a parameter each, read by einsum, bmm
+/// and one by one.
+struct ExpertsImpl : torch::nn::Module {
+  ExpertsImpl(int64_t hidden, bool transposed_) : transposed(transposed_) {
+    const std::vector<int64_t> wide{3, hidden, 4}, narrow{3, 4, hidden};
+    router = register_parameter("router", torch::zeros({3, 4}));
+    up = register_parameter("up", torch::zeros(transposed ? narrow : wide));
+    down = register_parameter("down", torch::zeros(transposed ? wide : narrow));
+  }
+
+  Tensor forward(const Tensor& x) {
+    const auto turned = [this](const Tensor& w) {
+      return transposed ? w : w.transpose(-2, -1);
+    };
+    const auto hidden =
+        torch::tanh(torch::einsum("ni,eio->eno", {x, turned(up)}));
+    const auto share =
+        torch::softmax(torch::nn::functional::linear(x, router), -1);
+    const auto mixed =
+        (torch::bmm(hidden, turned(down)) * share.t().unsqueeze(-1)).sum(0);
+    return mixed + torch::matmul(hidden[1], turned(down[1]));
+  }
+
+  bool transposed;
+  Tensor router, up, down;
+};
+TORCH_MODULE(Experts);
+
+struct Mixture : torch::nn::Module {
+  Mixture(int64_t hidden, bool transposed)
+      : experts(register_module("experts", Experts(hidden, transposed))) {}
+
+  Tensor forward(const Tensor& x) {
+    return head(experts(torch::tanh(fc(x))));
+  }
+
+  torch::nn::Linear fc{register_module("fc", torch::nn::Linear(6, 4))};
+  Experts experts;
+  torch::nn::Linear head{register_module("head", torch::nn::Linear(4, 3))};
+};
+
 /// The last hidden states plus the pooled output, so that every weight counts.
 struct Bert : peft::models::BertModelImpl {
   Bert()
@@ -264,6 +305,12 @@ inline Network build(const std::string& name) {
     network = make<Attention>(true);
   } else if (name == "gpt2_mlp") {
     network = make<Gpt2Mlp>();
+  } else if (name == "experts") {
+    network = make<Mixture>(5, false);
+  } else if (name == "experts_transposed") {
+    network = make<Mixture>(5, true);
+  } else if (name == "experts_square") {
+    network = make<Mixture>(4, false);
   } else if (name == "bert") {
     auto bert = std::make_shared<Bert>();
     network = {bert, [bert](const Tensors& inputs) {

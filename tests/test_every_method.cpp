@@ -159,6 +159,21 @@ std::vector<Method> every_method() {
     methods.push_back(std::move(m));
   };
   add(method("LoRA", peft::LoraOptions(2).alpha(4), all), true, true);
+  add(method(
+          "LoRA on parameters",
+          peft::LoraOptions(2).alpha(4).target_parameters(
+              peft::Targets::regex(".*(query|value|c_attn|q_proj|v_proj|"
+                                   "SelfAttention\\.[qv])\\.weight")),
+          all),
+      true,
+      true);
+  add(method(
+          "LoRA and tokens",
+          peft::LoraOptions(2).alpha(4).trainable_token_indices(
+              {4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17}),
+          all),
+      true,
+      true);
   add(method("DoRA", peft::LoraOptions(2).alpha(4).dora(true), all),
       true,
       false);

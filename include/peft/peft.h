@@ -32,6 +32,7 @@
 #include <peft/methods/layer_norm_tuning.h>
 #include <peft/methods/sparse_mask.h>
 #include <peft/methods/sparse_tuning.h>
+#include <peft/methods/shira.h>
 #include <peft/methods/lt_sft.h>
 #include <peft/methods/fish.h>
 #include <peft/methods/child_tuning.h>

@@ -19,7 +19,7 @@ namespace peft {
 ///   W'_i = W_i + v_j   `additive`: several such deltas add up
 ///
 /// A scale moves between W and W'. Entries count in row-major order.
-class SparseCopy final : public Delta {
+class SparseCopy : public Delta {
  public:
   /// `start` [k] and `places` int64 [k], ascending, of a parameter of `numel`
   /// entries; `file_name` is its own name ("weight").

@@ -32,6 +32,7 @@
 #include <peft/io/formats/orthogonal.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/formats/s3_delta.h>
+#include <peft/io/formats/shira.h>
 #include <peft/io/formats/sparse.h>
 #include <peft/io/formats/trainable_tokens.h>
 #include <peft/io/formats/union.h>
@@ -88,6 +89,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<AdaLoraFormat>(),
       std::make_shared<TrainableTokensFormat>(),
       std::make_shared<BeftFormat>(),
+      std::make_shared<ShiraFormat>(),
       std::make_shared<AdapterHubFormat>("HOULSBY"),
       std::make_shared<AdapterHubFormat>("PFEIFFER"),
       std::make_shared<AdapterHubFormat>("PARALLEL_ADAPTER"),
@@ -179,7 +181,10 @@ inline Plan plan_from_folder(
         read_adapter_weights(folder, names, unused, /*required=*/false));
   }
   format.complete(result, network, tensors);
-  const auto ties = adapts_ties_apart(result, network);
+  const auto ties =
+      adapts_ties_apart(result, network, [&](const PlannedSite& site) {
+        return format.moves_ties(config, site, network);
+      });
   TORCH_CHECK(
       ties.empty() || adapts_ties || !options.strict(),
       "peft: the adapter in '",

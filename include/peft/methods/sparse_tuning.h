@@ -6,11 +6,8 @@
 //   θ' = θ, but θ_m' trains for m in the mask
 //
 // What chooses the entries is the method: a Fisher mask (methods/fish.h), a
-// lottery ticket (methods/lt_sft.h), or what is here:
-//
-//   random    k entries or a share of them, drawn without replacement
-//   SHiRA     (Bhardwaj et al. 2024, arXiv:2406.13175) r (in + out) entries of
-//             each weight, as many as LoRA of rank r trains
+// lottery ticket (methods/lt_sft.h), SHiRA's shapes (methods/shira.h), or what
+// is here: k entries, or a share of them, drawn without replacement.
 
 #include <peft/core/attach.h>
 #include <peft/core/sparse_copy.h>
@@ -59,27 +56,6 @@ struct RandomMaskOptions {
   TORCH_ARG(uint64_t, seed) = 0;
   /// Layers, whose weights are meant, or parameters. Default: the weights of
   /// all linear layers.
-  TORCH_ARG(Targets, targets);
-  TORCH_ARG(std::vector<std::string>, modules_to_save);
-};
-
-/// Options for SHiRA: r (in + out) entries of each target weight.
-///
-///   peft::ShiraOptions(8).random_seed(1)
-struct ShiraOptions {
-  ShiraOptions(int64_t r = 32) : r_(r) {}
-
-  /// Entries per row and column: as many parameters as LoRA of this rank.
-  TORCH_ARG(int64_t, r);
-  /// "random"; "magnitude" (SHiRA-WM), the largest |W|; "struct", the diagonal
-  /// and as many evenly spaced whole rows as the count allows. For gradients or
-  /// |W · gradient| (SHiRA-Grad, SHiRA-SNIP) give SparseTuningOptions a top_k
-  /// of those scores.
-  TORCH_ARG(std::string, mask_type) = "random";
-  /// The seed of each weight's mask, as in HF PEFT, whose masks are the same;
-  /// by default torch's own generator.
-  TORCH_ARG(std::optional<uint64_t>, random_seed);
-  /// Layers, whose weights are meant, or parameters. Default: query and value.
   TORCH_ARG(Targets, targets);
   TORCH_ARG(std::vector<std::string>, modules_to_save);
 };
@@ -223,81 +199,6 @@ inline Plan plan(const RandomMaskOptions& options, const Network& network) {
       network);
 }
 
-/// The entries of a weight [out, in] that SHiRA trains.
-inline Tensor shira_mask(const ShiraOptions& options, const Tensor& weight) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const int64_t k = options.r() * (out + in);
-  Tensor mask = at::zeros({out, in}, at::kBool);
-  if (options.mask_type() == "random") {
-    const std::optional<at::Generator> generator = options.random_seed()
-        ? std::make_optional(
-              at::detail::createCPUGenerator(*options.random_seed()))
-        : std::nullopt;
-    mask.view(-1).index_fill_(
-        0, at::randperm(out * in, generator, at::kLong).slice(0, 0, k), true);
-  } else {
-    mask.diagonal().fill_(true);
-    const int64_t rows = std::max<int64_t>(0, k - std::min(out, in)) / in;
-    for (int64_t i = 0; i < rows; ++i) {
-      mask[i * out / rows].fill_(true);
-    }
-  }
-  return mask;
-}
-
-inline Plan plan(const ShiraOptions& options, const Network& network) {
-  TORCH_CHECK_VALUE(
-      options.r() > 0, "peft: r must be positive, got ", options.r());
-  const bool by_magnitude = options.mask_type() == "magnitude";
-  TORCH_CHECK_VALUE(
-      by_magnitude || options.mask_type() == "random" ||
-          options.mask_type() == "struct",
-      "peft: mask_type must be 'random', 'magnitude' or 'struct', got '",
-      options.mask_type(),
-      "'");
-  torch::NoGradGuard no_grad;
-  SparseMask mask;
-  for (const auto& [path, tensor] : weights_of(
-           network,
-           options.targets(),
-           options.modules_to_save(),
-           [](const Layer& layer) {
-             return layer.kind == LayerKind::attention ||
-                 is_query_or_value(layer);
-           })) {
-    TORCH_CHECK_VALUE(
-        tensor.dim() == 2,
-        "peft: SHiRA takes matrices, and '",
-        path,
-        "' has shape ",
-        tensor.sizes(),
-        "; name the linear layers in targets");
-    const int64_t k = options.r() * (tensor.size(0) + tensor.size(1));
-    TORCH_CHECK_VALUE(
-        k <= tensor.numel(),
-        "peft: r = ",
-        options.r(),
-        " makes ",
-        k,
-        " entries, and '",
-        path,
-        "' has only ",
-        tensor.numel(),
-        "; take a smaller r");
-    mask.set(
-        path,
-        by_magnitude
-            ? top_k({{path, base(tensor).detach().abs()}}, k).indices_of(path)
-            : shira_mask(options, tensor),
-        tensor.sizes());
-  }
-  return plan(
-      SparseTuningOptions(std::move(mask))
-          .additive(true)
-          .modules_to_save(options.modules_to_save()),
-      network);
-}
-
 } // namespace detail
 
 /// Trains the entries of the mask and freezes everything else.
@@ -313,15 +214,6 @@ inline Adapter attach(
 inline Adapter attach(
     torch::nn::Module& model,
     const RandomMaskOptions& options,
-    const std::string& name = "default") {
-  return detail::commit(
-      model, name, detail::plan(options, describe_network(model)));
-}
-
-/// Trains SHiRA's entries, as differences from 0, and freezes everything else.
-inline Adapter attach(
-    torch::nn::Module& model,
-    const ShiraOptions& options,
     const std::string& name = "default") {
   return detail::commit(
       model, name, detail::plan(options, describe_network(model)));

@@ -8,6 +8,7 @@
 // A head that is tied to the embedding is the same tensor and moves with it.
 
 #include <peft/core/formula_delta.h>
+#include <peft/core/roles.h>
 #include <peft/methods/tuner_targets.h>
 
 #include <algorithm>
@@ -28,7 +29,7 @@ struct TrainableTokensOptions {
   TORCH_ARG(std::vector<int64_t>, token_indices);
   /// HF's init_weights: false starts at N(0, 1), not at the rows as they are.
   TORCH_ARG(bool, init_weights) = true;
-  /// The embeddings. Default: the one of tokens, by its usual names.
+  /// The embeddings. Default: the first that has a usual name.
   TORCH_ARG(Targets, targets);
   TORCH_ARG(Targets, exclude);
   TORCH_ARG(std::vector<int64_t>, layers);
@@ -124,27 +125,176 @@ inline std::vector<std::string> token_embeddings(const Network& network) {
   return result;
 }
 
-inline Plan plan(
-    const TrainableTokensOptions& options,
-    const Network& network) {
-  auto tokens = options.token_indices();
+/// Whether these can be rows of a table.
+inline void check_tokens(
+    const std::vector<int64_t>& tokens,
+    const std::string& option) {
   TORCH_CHECK_VALUE(
-      !tokens.empty(), "peft: token_indices is empty, and nothing would train");
+      !tokens.empty(), "peft: ", option, " is empty, and nothing would train");
   auto sorted = tokens;
   std::sort(sorted.begin(), sorted.end());
   TORCH_CHECK_VALUE(
       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(),
-      "peft: token_indices names a token twice");
+      "peft: ",
+      option,
+      " names a token twice");
+}
+
+/// These rows of `weight`, the parameter `path`.
+inline std::shared_ptr<TrainableTokensDelta> make_tokens_delta(
+    const Tensor& weight,
+    const std::string& path,
+    const std::vector<int64_t>& tokens,
+    const std::string& option,
+    bool init_weights = true) {
+  const c10::InferenceMode off(false);
+  torch::NoGradGuard no_grad;
+  const auto [low, high] = std::minmax_element(tokens.begin(), tokens.end());
+  TORCH_CHECK_INDEX(
+      *low >= 0 && *high < weight.size(0),
+      "peft: ",
+      option,
+      " go from ",
+      *low,
+      " to ",
+      *high,
+      ", and '",
+      path,
+      "' has the rows 0 to ",
+      weight.size(0) - 1);
+  const Tensor at = torch::tensor(tokens, torch::kLong);
+  const Tensor start = init_weights
+      ? base(weight).index_select(0, at.to(weight.device()))
+      : torch::randn({at.numel(), weight.size(1)});
+  return std::make_shared<TrainableTokensDelta>(
+      TrainableTokensDelta::Config{at},
+      TrainableTokensDelta::NamedTensors{
+          {"trainable_tokens_delta",
+           parameter_for(weight, start.detach().clone())}},
+      false);
+}
+
+/// The same, of which there must be one for `option`.
+inline std::vector<std::string> some_token_embeddings(
+    const Network& network,
+    const std::string& option) {
+  auto names = token_embeddings(network);
+  TORCH_CHECK(
+      !names.empty(),
+      "peft: ",
+      option,
+      ": no embedding of this network has one of the usual names "
+      "(embed_tokens, word_embeddings, wte, shared); name the one that is "
+      "meant.",
+      near_misses(network, "embed_tokens"));
+  return names;
+}
+
+/// LoRA's trainable_token_indices: modules ("": the embedding of tokens) and
+/// their rows. Where an embedding and a head are tied, the embedding's name is
+/// the one in a file.
+inline void plan_token_rows(
+    const std::vector<std::pair<std::string, std::vector<int64_t>>>& wanted,
+    const Network& network,
+    const std::vector<std::string>& modules_to_save,
+    std::vector<PlannedSite>& sites) {
+  const std::string option = "trainable_token_indices";
+  std::vector<std::pair<const Layer*, const std::vector<int64_t>*>> tables;
+  for (const auto& [wanted_name, tokens] : wanted) {
+    check_tokens(tokens, option);
+    const std::string name = wanted_name.empty()
+        ? some_token_embeddings(network, option).front()
+        : wanted_name;
+    const size_t before = tables.size();
+    for (const auto& layer : network) {
+      if (Targets::name_matches(layer.name, name)) {
+        tables.emplace_back(&layer, &tokens);
+      }
+    }
+    TORCH_CHECK(
+        tables.size() > before,
+        "peft: ",
+        option,
+        " entry '",
+        name,
+        "' matches no module of this network.",
+        near_misses(network, name));
+  }
+  std::stable_partition(tables.begin(), tables.end(), [](const auto& table) {
+    return table.first->kind == LayerKind::embedding;
+  });
+  for (const auto& [layer, tokens] : tables) {
+    const Tensor weight = layer->parameter("weight");
+    const std::string path = layer->path("weight");
+    TORCH_CHECK(
+        layer->refusal.empty() && weight.defined() &&
+            (layer->kind == LayerKind::embedding ||
+             layer->kind == LayerKind::linear),
+        "peft: ",
+        option,
+        " takes embeddings and heads; '",
+        layer->name,
+        "' is a ",
+        layer->type,
+        layer->refusal.empty() ? "" : ": " + layer->refusal);
+    TORCH_CHECK(
+        !is_inside(layer->name, modules_to_save),
+        "peft: ",
+        option,
+        " names '",
+        layer->name,
+        "', which modules_to_save trains whole; name it in one of the two");
+    bool is_planned = false; // as the table that it is tied to
+    for (const auto& site : sites) {
+      if (!is_tied(site.tensor, weight)) {
+        continue;
+      }
+      const auto* rows =
+          dynamic_cast<const TrainableTokensDelta*>(site.delta.get());
+      TORCH_CHECK(
+          rows != nullptr &&
+              at::equal(
+                  rows->config().tokens, torch::tensor(*tokens, at::kLong)),
+          "peft: ",
+          option,
+          " names '",
+          layer->name,
+          "', whose weight is adapted as '",
+          site.parameter,
+          "' in another way; leave it out there, or name the same rows");
+      is_planned = true;
+    }
+    if (is_planned) {
+      continue;
+    }
+    check_adaptable(weight, path);
+    sites.push_back(
+        {layer->name,
+         path,
+         layer->path("token_adapter"),
+         weight,
+         make_tokens_delta(weight, path, *tokens, option)});
+  }
+}
+
+/// Whether the rows of a table tied to others move those too, as in HF PEFT:
+/// where the table is an embedding.
+inline bool moves_tied_rows(const PlannedSite& site, const Network& network) {
+  return dynamic_cast<const TrainableTokensDelta*>(site.delta.get()) !=
+      nullptr &&
+      std::any_of(network.begin(), network.end(), [&](const Layer& layer) {
+           return layer.name == site.name && layer.kind == LayerKind::embedding;
+         });
+}
+
+inline Plan plan(
+    const TrainableTokensOptions& options,
+    const Network& network) {
+  const std::string option = "token_indices";
+  check_tokens(options.token_indices(), option);
   TrainableTokensOptions here = options;
   if (options.targets().empty()) {
-    const auto names = token_embeddings(network);
-    TORCH_CHECK(
-        !names.empty(),
-        "peft: no embedding of this network has one of the usual names "
-        "(embed_tokens, word_embeddings, wte, shared); name it by "
-        "targets({...}).",
-        near_misses(network, "embed_tokens"));
-    here.targets(Targets(names));
+    here.targets(Targets(some_token_embeddings(network, option).front()));
   }
   Plan result;
   result.method = "TRAINABLE_TOKENS";
@@ -154,27 +304,12 @@ inline Plan plan(
       network,
       {"TrainableTokens", false, /*embeddings=*/true},
       [&](const TunerWeight& w) {
-        TORCH_CHECK_INDEX(
-            sorted.front() >= 0 && sorted.back() < w.weight.size(0),
-            "peft: token_indices go from ",
-            sorted.front(),
-            " to ",
-            sorted.back(),
-            ", and '",
+        return make_tokens_delta(
+            w.weight,
             w.path,
-            "' has the rows 0 to ",
-            w.weight.size(0) - 1);
-        torch::NoGradGuard no_grad;
-        const Tensor at = torch::tensor(tokens, torch::kLong);
-        const Tensor start = options.init_weights()
-            ? base(w.weight).index_select(0, at.to(w.weight.device()))
-            : torch::randn({at.numel(), w.weight.size(1)});
-        return std::make_shared<TrainableTokensDelta>(
-            TrainableTokensDelta::Config{at},
-            TrainableTokensDelta::NamedTensors{
-                {"trainable_tokens_delta",
-                 parameter_for(w.weight, start.detach().clone())}},
-            false);
+            options.token_indices(),
+            option,
+            options.init_weights());
       });
   return result;
 }

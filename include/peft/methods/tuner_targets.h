@@ -110,7 +110,8 @@ bool is_wanted(
 }
 
 /// HF's `bias`: "none", "all" (every bias of the network), or "<method>_only",
-/// those of the adapted layers, as trained copies.
+/// those of the adapted layers, as trained copies. A layer stands in `adapted`
+/// once for each of its adapted parameters.
 inline void plan_biases(
     const std::string& bias,
     const Network& network,
@@ -121,8 +122,8 @@ inline void plan_biases(
     return;
   }
   for (const auto& layer : network) {
-    const bool is_adapted =
-        std::find(adapted.begin(), adapted.end(), &layer) != adapted.end();
+    const auto wrappers = std::count(adapted.begin(), adapted.end(), &layer);
+    const bool is_adapted = wrappers > 0;
     if ((bias != "all" && !is_adapted) ||
         is_inside(layer.name, modules_to_save)) {
       continue;
@@ -130,10 +131,13 @@ inline void plan_biases(
     for (const auto& p : layer.parameters) {
       if (p.first == "bias") { // HF's rule: in_proj_bias stays frozen
         PlannedSite site = plan_copy(layer, p.first);
-        if (is_adapted) { // under the name that HF's wrapper gives it
+        if (is_adapted) { // under the name that HF's wrappers give it
           site.file_prefix = layer.parent_attention.empty()
               ? layer.path("base_layer")
               : layer.parent_attention + ".base_layer.out_proj.base_layer";
+        }
+        for (auto i = wrappers; i > 1; --i) { // one for each parameter
+          site.file_prefix += ".base_layer";
         }
         sites.push_back(std::move(site));
       }

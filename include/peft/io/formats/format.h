@@ -275,6 +275,15 @@ class AdapterFormat {
     return {};
   }
 
+  /// Whether PEFT adapts what is tied to this weight along with it, as is done
+  /// here; elsewhere it tells tied weights apart.
+  virtual bool moves_ties(
+      const AdapterConfig& /*config*/,
+      const PlannedSite& /*site*/,
+      const Network& /*network*/) const {
+    return false;
+  }
+
   /// A config for an adapter that was not loaded from one.
   virtual AdapterConfig new_config() const {
     return AdapterConfig::parse(R"({"peft_type": ")" + type() + R"("})");

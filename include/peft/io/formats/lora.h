@@ -3,6 +3,7 @@
 // LoRA as HF PEFT's LoraConfig and file have it.
 
 #include <peft/io/formats/format.h>
+#include <peft/io/formats/lora_parameters.h>
 #include <peft/methods/lora.h>
 
 #include <algorithm>
@@ -21,22 +22,13 @@ namespace peft {
 
 namespace detail {
 
-/// How LoRA or DoRA lies at a site; none for other deltas (biases, heads).
-inline std::optional<LoraLayout> lora_layout(const SiteRecord& site) {
-  if (const auto* lora = dynamic_cast<const LoraDelta*>(site.delta.get())) {
-    return lora->config().layout;
-  }
-  if (const auto* dora = dynamic_cast<const DoraDelta*>(site.delta.get())) {
-    return dora->config().layout;
-  }
-  return std::nullopt;
-}
-
 /// The modules that carry LoRA, by the names that HF would target.
 inline std::vector<std::string> lora_modules(const AdapterState& adapter) {
+  const auto& o = std::any_cast<const LoraOptions&>(adapter.options);
   std::vector<std::string> result;
   for (const auto& site : adapter.sites) {
-    if (!lora_layout(site)) {
+    if (!lora_layout(site) ||
+        names_parameter(o.target_parameters(), site.parameters.front())) {
       continue;
     }
     const std::string infix = ".base_layer.out_proj";
@@ -77,27 +69,37 @@ class LoraFormat final : public AdapterFormat {
   }
 
   /// Fields of HF's LoraConfig that change the function and that libpeft does
-  /// not have: set, they are refused.
+  /// not have: set, they are refused. An empty section has PEFT's defaults and
+  /// counts, an empty list does not.
   static void refuse_unsupported(const AdapterConfig& config) {
-    for (const char* field :
-         {"use_qalora",
-          "layer_replication",
-          "target_parameters",
-          "trainable_token_indices",
-          "alora_invocation_tokens",
-          "arrow_config",
-          "kasa_config",
-          "monteclora_config",
-          "velora_config",
-          "use_bdlora",
-          "megatron_config"}) {
+    const auto refuse = [](const char* field) {
       TORCH_CHECK(
-          !config.has(field) || config.is_empty(field),
+          false,
           "peft: ",
           field,
           " is set in ",
           kConfigFile,
-          "; this version of libpeft does not have it");
+          "; libpeft does not have it, and without it the adapter is another "
+          "function");
+    };
+    for (const char* field :
+         {"alora_invocation_tokens",
+          "layer_replication",
+          "megatron_config",
+          "use_qalora"}) {
+      if (!config.is_empty(field)) {
+        refuse(field);
+      }
+    }
+    for (const char* section :
+         {"arrow_config",
+          "kasa_config",
+          "monteclora_config",
+          "use_bdlora",
+          "velora_config"}) {
+      if (config.has(section)) {
+        refuse(section);
+      }
     }
   }
 
@@ -106,12 +108,21 @@ class LoraFormat final : public AdapterFormat {
     LoraOptions o(config.get<int64_t>("r", 8));
     o.alpha(config.get<double>("lora_alpha", 8));
     o.dropout(config.get<double>("lora_dropout", 0));
+    const bool has_targets = !config.is_empty("target_modules");
+    if (has_targets) {
+      o.targets(targets_field(config, "target_modules"));
+    }
+    if (!config.is_empty("target_parameters")) {
+      o.target_parameters(
+          Targets(config.get<std::vector<std::string>>("target_parameters")));
+    }
     TORCH_CHECK(
-        config.has("target_modules") && !config.is_empty("target_modules"),
+        has_targets || !o.target_parameters().empty(),
         "peft: ",
         kConfigFile,
-        " has no target_modules");
-    o.targets(targets_field(config, "target_modules"));
+        " has neither target_modules nor target_parameters");
+    o.parameters_transposed(config.get<bool>(kTransposedField, false));
+    o.trainable_token_indices(token_indices_field(config));
     if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
       o.exclude(targets_field(config, "exclude_modules"));
     }
@@ -158,13 +169,19 @@ class LoraFormat final : public AdapterFormat {
     config.set("r", o.r());
     config.set_number("lora_alpha", o.alpha());
     config.set("lora_dropout", o.dropout());
-    if (o.targets().kind() == Targets::Kind::regex) {
+    if (o.targets().empty() && !o.target_parameters().empty()) {
+      if (adapter.loaded_config.empty()) { // null is PEFT's default targets
+        config.set("target_modules", std::vector<std::string>{});
+      }
+    } else if (o.targets().kind() == Targets::Kind::regex) {
       config.set("target_modules", o.targets().names().front());
     } else if (names_modules(o.targets(), adapter)) {
       config.set("target_modules", o.targets().names());
     } else {
       config.set("target_modules", lora_modules(adapter));
     }
+    write_parameters(adapter, o, config);
+    write_token_indices(o, config);
     if (!o.exclude().empty()) {
       write_targets(config, "exclude_modules", o.exclude());
     }
@@ -179,15 +196,13 @@ class LoraFormat final : public AdapterFormat {
     widen_blocks(adapter, o, ranks, alphas);
     config.set("rank_pattern", ranks);
     config.set_numbers("alpha_pattern", alphas);
-    if (o.layers().empty()) {
-      config.set("layers_to_transform", nullptr);
-    } else {
-      config.set("layers_to_transform", o.layers());
-    }
-    if (o.layers_pattern().empty()) {
-      config.set("layers_pattern", nullptr);
-    } else {
-      config.set("layers_pattern", o.layers_pattern());
+    if (adapter.loaded_config.empty()) { // PEFT has one index or name bare
+      if (!o.layers().empty()) {
+        config.set("layers_to_transform", o.layers());
+      }
+      if (!o.layers_pattern().empty()) {
+        config.set("layers_pattern", o.layers_pattern());
+      }
     }
     config.set("use_rslora", o.rslora());
     config.set("use_dora", o.dora());
@@ -210,6 +225,20 @@ class LoraFormat final : public AdapterFormat {
     } else {
       config.set("init_lora_weights", o.init() != "random");
     }
+  }
+
+  void complete(
+      Plan& plan,
+      const Network& /*network*/,
+      const NamedTensorMap& file) const override {
+    orient_stacks(plan, file);
+  }
+
+  bool moves_ties(
+      const AdapterConfig& /*config*/,
+      const PlannedSite& site,
+      const Network& network) const override {
+    return moves_tied_rows(site, network);
   }
 
   static bool is_transposed(const AdapterState& adapter) {

@@ -100,14 +100,17 @@ class TunerFormat : public AdapterFormat {
         write_targets(config, "exclude_modules", o.exclude());
       }
     }
-    if (has_layers()) {
-      config.set("layers_to_transform", nullptr).set("layers_pattern", nullptr);
-    }
-    if (!o.layers().empty()) {
-      config.set("layers_to_transform", o.layers());
-    }
-    if (!o.layers_pattern().empty()) {
-      config.set("layers_pattern", o.layers_pattern());
+    if (adapter.loaded_config.empty()) { // PEFT has one index or name bare
+      if (has_layers()) {
+        config.set("layers_to_transform", nullptr)
+            .set("layers_pattern", nullptr);
+      }
+      if (!o.layers().empty()) {
+        config.set("layers_to_transform", o.layers());
+      }
+      if (!o.layers_pattern().empty()) {
+        config.set("layers_pattern", o.layers_pattern());
+      }
     }
     if (!o.modules_to_save().empty()) {
       config.set("modules_to_save", o.modules_to_save());

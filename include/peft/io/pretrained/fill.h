@@ -86,8 +86,12 @@ repeats_base(const Plan& plan, const std::string& key, const Tensor& value) {
 }
 
 /// Two tied weights of which the plan adapts one, or both apart: "'a' and 'b'",
-/// or "".
-inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
+/// or "". `together` says of which sites that is not so.
+template <class Together>
+std::string adapts_ties_apart(
+    const Plan& plan,
+    const Network& network,
+    Together&& together) {
   using Parameter = NamedParameters::value_type;
   ByMemory<std::pair<const Layer*, const Parameter*>> by_memory;
   for (const auto& layer : network) {
@@ -101,7 +105,8 @@ inline std::string adapts_ties_apart(const Plan& plan, const Network& network) {
     for (auto item = begin; item != end; ++item) {
       const auto [layer, p] = item->second;
       const std::string path = layer->path(p->first);
-      if (path != site.parameter && is_tied(p->second, site.tensor)) {
+      if (path != site.parameter && is_tied(p->second, site.tensor) &&
+          !together(site)) {
         return "'" + site.parameter + "' and '" + path + "'";
       }
     }

@@ -5,12 +5,32 @@
 #include <torch/arg.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <regex>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace peft {
+
+/// HF's trainable_token_indices: rows of an embedding that train beside LoRA.
+///
+///   {30522, 30523}                       of the network's embedding of tokens
+///   {{"wte", {7}}, {"lm_head", {7, 9}}}  of the modules whose names end so
+struct TokenIndices {
+  using Entry = std::pair<std::string, std::vector<int64_t>>;
+
+  TokenIndices() = default;
+  TokenIndices(std::vector<int64_t> tokens)
+      : entries{{std::string(), std::move(tokens)}} {}
+  TokenIndices(std::initializer_list<int64_t> tokens)
+      : TokenIndices(std::vector<int64_t>(tokens)) {}
+  TokenIndices(std::vector<Entry> by_module) : entries(std::move(by_module)) {}
+  TokenIndices(std::initializer_list<Entry> by_module) : entries(by_module) {}
+
+  /// The name is empty where the embedding of tokens is meant.
+  std::vector<Entry> entries;
+};
 
 /// Options for LoRA.
 ///
@@ -64,6 +84,15 @@ struct LoraOptions {
   /// Weights of layers that torch::nn does not know are [in, out]; GPT-2's
   /// Conv1D is taken so in any case.
   TORCH_ARG(bool, fan_in_fan_out) = false;
+  /// HF's target_parameters: parameters by their own names ("mlp.experts.w1"),
+  /// whatever uses them (methods/lora/parameters.h). Alone, without targets, no
+  /// other layer is adapted.
+  TORCH_ARG(Targets, target_parameters);
+  /// Those of three dimensions lie as [experts, in, out], not [experts, out,
+  /// in]: the attribute is_transposed of HF's networks (GPT-OSS, Aria).
+  TORCH_ARG(bool, parameters_transposed) = false;
+  /// HF's trainable_token_indices.
+  TORCH_ARG(TokenIndices, trainable_token_indices);
 };
 
 namespace detail {
@@ -72,6 +101,37 @@ namespace detail {
 inline bool starts_as_part(const std::string& init) {
   static const std::regex names("pissa(_niter_[0-9]{1,9})?|olora");
   return std::regex_match(init, names);
+}
+
+/// What HF PEFT refuses beside target_parameters: a parameter is read by who
+/// knows what, so there is no input to drop and no output to add to.
+inline void check_target_parameters(const LoraOptions& options) {
+  const auto& targets = options.target_parameters();
+  if (targets.empty()) {
+    return;
+  }
+  TORCH_CHECK_VALUE(
+      targets.kind() == Targets::Kind::list ||
+          targets.kind() == Targets::Kind::regex,
+      "peft: target_parameters takes names or a regular expression");
+  const char* other = options.dropout() > 0.0 ? "dropout"
+      : options.lora_bias()                   ? "lora_bias"
+      : options.dora()                        ? "dora"
+      : options.fan_in_fan_out()              ? "fan_in_fan_out"
+                                              : nullptr;
+  TORCH_CHECK_VALUE(
+      other == nullptr,
+      "peft: target_parameters does not go with ",
+      other == nullptr ? "" : other,
+      ", as in HF PEFT; leave one of the two out, or put the parameters into "
+      "an adapter of their own");
+  const auto& init = options.init();
+  TORCH_CHECK_VALUE(
+      init == "gaussian" || init == "kaiming" || init == "random" ||
+          init == "empty",
+      "peft: parameters start by init 'gaussian', 'kaiming' or 'random', got '",
+      init,
+      "'");
 }
 
 inline void check(const LoraOptions& options) {
@@ -139,6 +199,11 @@ inline void check(const LoraOptions& options) {
           (!options.lora_bias() && options.enable_lora().empty()),
       "peft: dora goes with neither lora_bias nor enable_lora (HF PEFT refuses "
       "them too); switch one of the two off");
+  TORCH_CHECK_VALUE(
+      options.layers_pattern().empty() || !options.layers().empty(),
+      "peft: layers_pattern says where layers are counted, and no layers are "
+      "given; set layers({...})");
+  check_target_parameters(options);
 }
 
 /// HF's rule: `name` is, or ends with ".", and the pattern.

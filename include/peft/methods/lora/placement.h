@@ -4,7 +4,9 @@
 #include <peft/methods/lora/bias.h>
 #include <peft/methods/lora/dora.h>
 #include <peft/methods/lora/init.h>
+#include <peft/methods/lora/parameters.h>
 #include <peft/methods/modules_to_save.h>
+#include <peft/methods/trainable_tokens.h>
 #include <peft/methods/tuner_targets.h>
 
 #include <algorithm>
@@ -35,7 +37,9 @@ class LoraPlanner {
         continue;
       }
       if (options_.targets().empty()) {
-        plan_default(layer);
+        if (options_.target_parameters().empty()) {
+          plan_default(layer);
+        }
       } else if (wanted(layer.name, layer)) {
         plan_module(layer);
       } else {
@@ -45,6 +49,11 @@ class LoraPlanner {
           }
         }
       }
+    }
+    const size_t modules = sites_.size();
+    plan_parameters(options_, network_, adapted_, sites_);
+    for (size_t i = modules; i < sites_.size(); ++i) {
+      parameter_names_.push_back(sites_[i].parameter);
     }
     TORCH_CHECK(
         !sites_.empty(),
@@ -56,6 +65,11 @@ class LoraPlanner {
     if (!is_from_file_) { // PEFT's files may name more
       check_choices();
     }
+    plan_token_rows(
+        options_.trainable_token_indices().entries,
+        network_,
+        options_.modules_to_save(),
+        sites_);
     plan_biases(
         options_.bias(),
         network_,
@@ -302,13 +316,13 @@ class LoraPlanner {
 
   /// A pattern, a layer index or a block that meets nothing is a slip.
   void check_choices() const {
+    auto names = pattern_names_;
+    names.insert(names.end(), parameter_names_.begin(), parameter_names_.end());
     for (const auto* patterns :
          {&options_.rank_pattern(), &options_.alpha_pattern()}) {
       for (const auto& item : *patterns) {
         const bool used = std::any_of(
-            pattern_names_.begin(),
-            pattern_names_.end(),
-            [&](const std::string& name) {
+            names.begin(), names.end(), [&](const std::string& name) {
               return matches_pattern(item.first, name);
             });
         TORCH_CHECK(
@@ -317,7 +331,7 @@ class LoraPlanner {
             item.first,
             "' in rank_pattern or alpha_pattern matches no adapted module; the "
             "first of them is '",
-            pattern_names_.front(),
+            names.front(),
             "'");
       }
     }
@@ -349,7 +363,7 @@ class LoraPlanner {
   const LoraOptions& options_;
   const Network& network_;
   bool is_from_file_;
-  std::vector<std::string> pattern_names_;
+  std::vector<std::string> pattern_names_, parameter_names_;
   std::vector<PlannedSite> sites_;
   std::vector<const Layer*> adapted_;
 };
