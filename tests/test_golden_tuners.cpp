@@ -35,33 +35,7 @@ TEST_CASE("tuners: merging a file of HF PEFT gives its merged weights") {
 TEST_CASE("tuners: a loaded adapter is saved as it was loaded") {
   for (const auto& name : folders("", kSet)) {
     DYNAMIC_SECTION(name) {
-      const Golden golden(name, kSet);
-      const auto network = golden.network();
-      const auto adapter = peft::load(*network.module, golden.adapter());
-      const TemporaryDirectory directory;
-      peft::save(adapter, directory / "again");
-      const auto saved = peft::load_safetensors(
-          golden.adapter() + "/adapter_model.safetensors");
-      const auto again =
-          peft::load_safetensors(directory / "again/adapter_model.safetensors");
-      REQUIRE(again.size() == saved.size());
-      for (const auto& [key, value] : saved) {
-        INFO(key);
-        REQUIRE(again.count(key) == 1);
-        REQUIRE(equal_bits(again.at(key), value.to(torch::kFloat)));
-      }
-      const auto before =
-          read_json_file(fs::path(golden.adapter()) / "adapter_config.json");
-      const auto after =
-          read_json_file(directory / "again/adapter_config.json");
-      for (const auto& item : before.items()) {
-        INFO(item.key());
-        REQUIRE(after.contains(item.key()));
-        REQUIRE(
-            as_read(item.key(), after.at(item.key())) ==
-            as_read(item.key(), item.value()));
-      }
-      REQUIRE(after.size() == before.size());
+      check_saves_again(Golden(name, kSet));
     }
   }
 }

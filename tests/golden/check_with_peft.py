@@ -39,6 +39,8 @@ PEFT_ALWAYS_SAYS = (
     "CUDA extension",
     "boft_n_butterfly_factor",
     "vera_A and vera_B",
+    "did not match any targeted module",  # a pattern for a target_parameter did
+    "Sparse invariant checks",
 )
 
 

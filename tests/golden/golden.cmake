@@ -1,7 +1,5 @@
-# The other direction of the golden files: test_golden_lora,
-# test_golden_lora_init, test_golden_tuners, test_golden_additive and
-# test_golden_adapters write adapters, HF PEFT and adapters load them. Skipped
-# where Python has no peft or no adapters; the two need different versions of
+# The other direction of the golden files: the tests listed here write
+# adapters, HF PEFT and adapters load them. Skipped where Python has no peft or no adapters; the two need different versions of
 # transformers.
 
 set(PEFT_TEST_PYTHON "" CACHE FILEPATH
@@ -18,7 +16,8 @@ set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
 
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
 foreach(_test golden_lora golden_lora_init
-    golden_tuners golden_additive golden_adapters weighted convert_to_lora)
+    golden_tuners golden_parameters golden_hosts golden_additive
+    golden_adapters weighted convert_to_lora)
   string(REPLACE "golden_" "" _kind ${_test})
   set_property(TEST test_${_test} APPEND PROPERTY
     ENVIRONMENT "PEFT_REVERSE_DIR=${_reverse}/${_kind}")
@@ -32,6 +31,7 @@ if(_python)
   add_test(NAME check_with_peft
     COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_with_peft.py"
             "${_reverse}/lora" "${_reverse}/lora_init" "${_reverse}/tuners"
+            "${_reverse}/parameters" "${_reverse}/hosts"
             "${_reverse}/additive/peft" "${_reverse}/adapters"
             "${_reverse}/weighted" "${_reverse}/convert_to_lora")
   set_tests_properties(check_with_peft PROPERTIES

@@ -176,6 +176,40 @@ class Gpt2Mlp(nn.Module):
         return self.c_proj(torch.tanh(self.c_fc(x)))
 
 
+class Experts(nn.Module):
+    """Three matrices up and three down in a parameter each, read by einsum, bmm and one by one."""
+
+    def __init__(self, hidden, transposed):
+        super().__init__()
+        self.is_transposed = transposed  # HF PEFT asks for it
+        up, down = (3, hidden, 4), (3, 4, hidden)
+        if transposed:
+            up, down = down, up
+        self.router = nn.Parameter(torch.zeros(3, 4))
+        self.up = nn.Parameter(torch.zeros(up))
+        self.down = nn.Parameter(torch.zeros(down))
+
+    def forward(self, x):
+        up = self.up if self.is_transposed else self.up.transpose(1, 2)
+        hidden = torch.tanh(torch.einsum("ni,eio->eno", x, up))
+        down = self.down if self.is_transposed else self.down.transpose(1, 2)
+        share = torch.softmax(nn.functional.linear(x, self.router), -1)
+        mixed = (torch.bmm(hidden, down) * share.t().unsqueeze(-1)).sum(0)
+        one = self.down[1] if self.is_transposed else self.down[1].t()
+        return mixed + hidden[1] @ one
+
+
+class Mixture(nn.Module):
+    def __init__(self, hidden=5, transposed=False):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.experts = Experts(hidden, transposed)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.experts(torch.tanh(self.fc(x))))
+
+
 def bert():
     from transformers import BertConfig, BertModel
 
@@ -208,6 +242,9 @@ NETWORKS = {
     "attention": lambda: Attention(batch_first=False),
     "attention_batch_first": lambda: Attention(batch_first=True),
     "gpt2_mlp": Gpt2Mlp,
+    "experts": Mixture,
+    "experts_transposed": lambda: Mixture(transposed=True),
+    "experts_square": lambda: Mixture(hidden=4),
     "bert": bert,
 }
 
@@ -223,6 +260,8 @@ PLAIN = (
     ConvPlain2d,
     ConvNet3d,
     Attention,
+    Experts,
+    Mixture,
 )
 
 
@@ -257,6 +296,8 @@ def inputs(name, seed):
         return [normal(2, 3, 8)]
     if name == "gpt2_mlp":
         return [normal(2, 3, 6)]
+    if name.startswith("experts"):
+        return [normal(5, 6)]
     if name in ("tokens", "tokens_padded", "tied", "causal_tokens"):
         return [torch.randint(0, 11, (3, 4), generator=generator)]
     if name == "bert":
