@@ -221,6 +221,18 @@ TEST_CASE("DoRA's norm is that of W + s B A", "[dora]") {
   }
 }
 
+TEST_CASE("A small weight that nearly cancels keeps its norm", "[dora]") {
+  torch::manual_seed(0);
+  const Tensor A = torch::randn({6, 2}), B = torch::randn({6, 6});
+  const Tensor W = 0.01 * torch::randn({6, 2}) - 2 * B.mm(A);
+  const Tensor exact = (W.to(torch::kDouble) +
+                        2 * B.to(torch::kDouble).mm(A.to(torch::kDouble)))
+                           .norm(2, 1);
+  const Tensor norm =
+      F::dora_norm(W, F::row_squares(W, torch::kFloat), A, B, 2);
+  CHECK(torch::allclose(norm.to(torch::kDouble), exact, 1e-3, 0));
+}
+
 TEST_CASE("A row of zeros stays a row of zeros", "[dora]") {
   Linear l;
   {

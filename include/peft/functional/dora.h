@@ -42,7 +42,8 @@ inline Tensor row_squares(const Tensor& matrix, at::ScalarType dtype) {
       .square();
 }
 
-/// n_i = ‖W_i + s · (B A)_i‖ as a constant, without building B A:
+/// n_i = ‖W_i + s · (B A)_i‖ as a constant, without building B A where that is
+/// larger than its factors:
 /// n_i² = ‖W_i‖² + Σ_z B_iz (2s · (W Aᵀ)_iz + s² · (B A Aᵀ)_iz).
 /// W [out, in], squares = row_squares(W) [out], A [r, in], B [out, r] → [out]
 /// in A's dtype.
@@ -55,6 +56,11 @@ inline Tensor dora_norm(
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::autocast_dispatch_keyset);
   const Tensor W = weight.detach(), A = lora_A.detach(), B = lora_B.detach();
+  if (A.numel() + B.numel() >= W.numel()) {
+    // The sum itself costs no more, and keeps digits where it nearly cancels.
+    return detail::root_of_squares(row_squares(
+        at::addmm(W.to(A.scalar_type()), B, A, 1, scale), A.scalar_type()));
+  }
   const bool by_kernels =
       W.stride(1) == 1 &&
       !c10::impl::tls_is_dispatch_key_included(
