@@ -225,9 +225,9 @@ TEST_CASE("A small weight that nearly cancels keeps its norm", "[dora]") {
   torch::manual_seed(0);
   const Tensor A = torch::randn({6, 2}), B = torch::randn({6, 6});
   const Tensor W = 0.01 * torch::randn({6, 2}) - 2 * B.mm(A);
-  const Tensor exact = (W.to(torch::kDouble) +
-                        2 * B.to(torch::kDouble).mm(A.to(torch::kDouble)))
-                           .norm(2, 1);
+  const Tensor exact =
+      (W.to(torch::kDouble) + 2 * B.to(torch::kDouble).mm(A.to(torch::kDouble)))
+          .norm(2, 1);
   const Tensor norm =
       F::dora_norm(W, F::row_squares(W, torch::kFloat), A, B, 2);
   CHECK(torch::allclose(norm.to(torch::kDouble), exact, 1e-3, 0));
@@ -444,8 +444,14 @@ TEST_CASE("DoRA merges, and unmerges to the bit", "[dora]") {
       const Tensor y = kind.run(kind.x).detach();
       CHECK(y.scalar_type() == dtype);
       const Tensor effective = peft::effective(weight_of(kind)).detach();
+      // What is merged is summed in float64 (test_merge_precision): a unit in
+      // the last place from what a forward sums.
+      const double unit = dtype == torch::kDouble ? 0
+          : dtype == torch::kFloat                ? 2.4e-7
+                                                  : 7.9e-3;
       adapter.merge();
-      CHECK(equal_bits(peft::base(weight_of(kind)).detach(), effective));
+      const Tensor merged = peft::base(weight_of(kind)).detach().clone();
+      CHECK(close(merged, effective, unit, 0));
       const auto t = tolerance(dtype);
       const double size = y.abs().max().item<double>();
       CHECK(close(kind.run(kind.x), y, t.rtol, 4 * t.rtol * size));
@@ -453,7 +459,7 @@ TEST_CASE("DoRA merges, and unmerges to the bit", "[dora]") {
       CHECK(equal_bits(peft::base(weight_of(kind)).detach(), before));
       CHECK(equal_bits(kind.run(kind.x).detach(), y));
       peft::merge(*kind.module);
-      CHECK(equal_bits(weight_of(kind).detach(), effective));
+      CHECK(equal_bits(weight_of(kind).detach(), merged));
     }
   }
 }

@@ -147,7 +147,7 @@ std::vector<Case> linear_cases() {
       row<nn::Linear>(
           "Linear, 1-D",
           root(),
-          Path::materialised,
+          Path::fast,
           linear,
           [](nn::Linear& m, ScalarType t) { return m(draw({5}, t)); }),
       row<nn::Linear>(

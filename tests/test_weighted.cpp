@@ -117,10 +117,12 @@ TEST_CASE("weighted: what HF PEFT combines, to its numbers") {
         const auto adapter = combine(network, golden, run);
         REQUIRE_FALSE(adapter.is_enabled());
         const peft::ActiveAdapters scope({"merged"});
+        // Two decompositions in float32 agree less than two sums.
+        const bool is_svd = run_name.find("svd") != std::string::npos;
         REQUIRE(near(
             network.run(golden.inputs()),
             golden.expected.at(run_name + ".output"),
-            1e-6));
+            is_svd ? 4e-6 : 1e-6));
         const auto parameters = adapter.named_parameters();
         auto factors = golden.group(run_name);
         factors.erase("output");
