@@ -129,7 +129,7 @@ TEST_CASE("weighted: what HF PEFT combines, to its numbers") {
         REQUIRE(parameters.size() == factors.size());
         for (const auto& [key, value] : factors) {
           INFO(key);
-          REQUIRE(near(find(parameters, key), value, 2e-6));
+          REQUIRE(near(find(parameters, key), value, is_svd ? 1e-5 : 2e-6));
         }
       }
     }
