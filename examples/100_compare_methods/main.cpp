@@ -517,8 +517,8 @@ class Run {
         arguments_.epochs,
         arguments_.epochs == 1 ? "" : "s",
         kTimedBatch,
-        arguments_.seeds,
-        arguments_.seeds == 1 ? "" : "s",
+        seeds_done(),
+        seeds_done() == 1 ? "" : "s",
         with_commas(budget_),
         with_commas(head_));
     add_entry(page, kProbe, "frozen probe", "reference", 0);
@@ -537,6 +537,15 @@ class Run {
     }
     add_notes(page);
     return page;
+  }
+
+  /// Of the method that has most.
+  int64_t seeds_done() const {
+    int64_t most = 0;
+    for (const auto& outcome : log_->outcomes()) {
+      most = std::max(most, static_cast<int64_t>(outcome.seed));
+    }
+    return most;
   }
 
   void add_entry(
@@ -563,7 +572,7 @@ class Run {
         "are known to want many more steps, and CoDA a backbone that was "
         "trained with its routers. Differences within two standard errors are "
         "no ranking.",
-        arguments_.seeds));
+        seeds_done()));
     page.notes.push_back(
         "Methods without a width that reaches the budget train what they "
         "train: (IA)³, BitFit, LayerNorm tuning and prompts less, full "

@@ -68,6 +68,9 @@ TUNERS = {
     "LoRA, rsLoRA": ("Lora", dict(r=2, lora_alpha=4, use_rslora=True)),
     "LoRA, lora_bias": ("Lora", dict(r=2, lora_alpha=4, lora_bias=True)),
     'LoRA, bias="all"': ("Lora", dict(r=2, lora_alpha=4, bias="all")),
+    "LoRA, PiSSA": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="pissa")),
+    "LoRA, OLoRA": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="olora")),
+    "LoRA, orthogonal": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="orthogonal")),
     "DoRA": ("Lora", dict(r=2, lora_alpha=4, use_dora=True)),
     "AdaLoRA": ("AdaLora", dict(init_r=2, target_r=1, lora_alpha=4, total_step=100, tinit=10, tfinal=20)),
     "VeRA": ("Vera", dict(r=3)),
@@ -83,6 +86,7 @@ TUNERS = {
     "LayerNorm tuning": ("LNTuning", {}),
     "trainable tokens": ("TrainableTokens", dict(token_indices=[1, 4])),
     "BEFT": ("Beft", {}),
+    "SHiRA": ("Shira", dict(r=1, random_seed=3)),
 }
 
 
@@ -91,7 +95,11 @@ SOME_LAYERS = {
     "LoRA, rsLoRA": ["Linear", "Conv2d"],
     "LoRA, lora_bias": ["Linear", "Conv2d"],
     'LoRA, bias="all"': ["Linear", "MultiheadAttention"],
+    "LoRA, PiSSA": ["Linear", "Conv1D of GPT-2"],
+    "LoRA, OLoRA": ["Linear"],
+    "LoRA, orthogonal": ["Linear", "Conv1D of GPT-2"],
     "BEFT": ["Linear", "Linear without bias"],
+    "SHiRA": ["Linear"],
 }
 
 
