@@ -102,6 +102,7 @@ def write(case):
         warnings.simplefilter("ignore")
         model = get_peft_model(tiny_models.load(network), LoraConfig(**config))
         make_lora.randomise(model)
+        model.peft_config["default"].base_model_name_or_path = None  # a path of this machine
         model.save_pretrained(folder / "adapter")
     (folder / "adapter" / "README.md").unlink()
     alpha, tensors = tensors_of(model, case)
