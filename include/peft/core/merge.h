@@ -73,28 +73,25 @@ inline Tensor checked_value(
   return value;
 }
 
-/// Writes what `entries` make of `base` into `weight`; `value` is that where it
-/// is known.
+/// Writes what `entries` make of `base` into `weight`: `value`, or where that
+/// is undefined what they fold in place.
 inline void write_folded(
     const Tensor& weight,
     const ActiveEntries& entries,
     const Tensor& base,
-    const Tensor& value = {}) {
-  const Tensor own = base_of(weight);
+    const Tensor& value) {
   if (value.defined()) {
     write_base(weight, value);
-  } else if (entries.empty() || folds_in_place(entries, own)) {
-    if (!base.is_alias_of(own)) {
-      write_base(weight, base);
-    }
-    with_base(weight, [&](const Tensor& memory) {
-      for (const auto& entry : entries) {
-        entry.delta->fold_into(memory, entry.scale, /*dry_run=*/false);
-      }
-    });
-  } else {
-    write_base(weight, folded(entries, base));
+    return;
   }
+  if (!base.is_alias_of(base_of(weight))) {
+    write_base(weight, base);
+  }
+  with_base(weight, [&](const Tensor& memory) {
+    for (const auto& entry : entries) {
+      entry.delta->fold_into(memory, entry.scale, /*dry_run=*/false);
+    }
+  });
 }
 
 inline void check_mergeable(const AdapterState& adapter) {
@@ -225,7 +222,10 @@ inline void unmerge_adapter(AdapterState& adapter) {
         entries_of(*site, [&, at = site.get()](const AdapterState& other) {
           return is_merged_at(*at, other);
         });
-    write_folded(weight, entries, unmerged_base(*site, weight));
+    const Tensor base = unmerged_base(*site, weight);
+    const bool in_place = entries.empty() || folds_in_place(entries, base);
+    write_folded(
+        weight, entries, base, in_place ? Tensor() : folded(entries, base));
     if (order.empty()) {
       site->original = Tensor();
     }
@@ -275,13 +275,18 @@ inline void merge_for_good(const States& states) {
       return adapter.enabled || is_merged_at(site, adapter);
     });
   };
+  std::vector<bool> in_place;
   for (const auto& [name, site] : sites) {
-    const Tensor weight = tensor_of(*site);
-    checked_value(*site, entries_at(*site), unmerged_base(*site, weight), name);
+    const Tensor base = unmerged_base(*site, tensor_of(*site));
+    in_place.push_back(
+        !checked_value(*site, entries_at(*site), base, name).defined());
   }
-  for (const auto& [name, site] : sites) {
-    const Tensor weight = tensor_of(*site);
-    write_folded(weight, entries_at(*site), unmerged_base(*site, weight));
+  for (size_t i = 0; i < sites.size(); ++i) {
+    const Site& site = *sites[i].second;
+    const Tensor weight = tensor_of(site), base = unmerged_base(site, weight);
+    const auto entries = entries_at(site);
+    write_folded(
+        weight, entries, base, in_place[i] ? Tensor() : folded(entries, base));
   }
   for (const auto& state : states) {
     state->merged = false; // folded for good: nothing to restore
