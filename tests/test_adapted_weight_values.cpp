@@ -777,6 +777,53 @@ TEST_CASE("to() another dtype keeps the adapter") {
   }
 }
 
+TEST_CASE("to() of a weight with a merged and an acting adapter") {
+  seed(12);
+  Adapted a(torch::kFloat);
+  auto second = peft::attach(*a.linear, adapted::acting(), "second");
+  a.adapter.merge();
+  const auto& other = adapted::lora(second);
+  const auto both = [&] {
+    return (a.value() + 2 * at::mm(other.lora_B, other.lora_A)).detach();
+  };
+  const Tensor x = input(3, 4);
+  const auto expected = [&] {
+    return at::linear(x, both().to(torch::kDouble));
+  };
+  CHECK(close(at::linear(x.to(torch::kFloat), a.w()), expected(), 1e-5, 1e-5));
+
+  const Tensor copy = a.w().to(torch::kDouble);
+  const Tensor turned = a.w().t().to(torch::kDouble);
+  const auto check_copies = [&] {
+    torch::NoGradGuard no_grad;
+    CHECK(close(copy + 0, both().to(torch::kDouble), 1e-6, 1e-6));
+    CHECK(close(turned + 0, both().t().to(torch::kDouble), 1e-6, 1e-6));
+    CHECK(close(at::linear(x, copy), expected(), 1e-6, 1e-6));
+    CHECK(close(at::matmul(x, turned), expected(), 1e-6, 1e-6));
+  };
+  check_copies();
+
+  SECTION("the copy stays right over an unmerge") {
+    a.adapter.unmerge();
+    check_copies();
+    CHECK(equal_bits(peft::base(a.w()), a.W));
+  }
+  SECTION("Module::to there and back") {
+    const Tensor merged = peft::base(a.w()).clone();
+    a.linear->to(torch::kDouble);
+    CHECK(equal_bits(peft::base(a.w()), merged.to(torch::kDouble)));
+    {
+      torch::NoGradGuard no_grad;
+      CHECK(
+          close(a.linear(x), expected() + a.b.to(torch::kDouble), 1e-6, 1e-6));
+    }
+    a.linear->to(torch::kFloat);
+    CHECK(equal_bits(peft::base(a.w()), merged));
+    a.adapter.unmerge();
+    CHECK(equal_bits(peft::base(a.w()), a.W));
+  }
+}
+
 TEST_CASE("a bit view reads the value too") {
   seed(12);
   Adapted a;

@@ -19,6 +19,7 @@ inline c10::intrusive_ptr<AdaptedMeta> same_tag(const AdaptedMeta& meta) {
   copy->matrix = meta.matrix;
   copy->transposed = meta.transposed;
   copy->rows = meta.rows;
+  copy->unmerged = meta.unmerged;
   copy->root = meta.root;
   copy->view = meta.view;
   return copy;
@@ -57,17 +58,24 @@ Tensor moved(const Tensor& self, Move&& move) {
   if (meta->view) {
     return move(value_of(self, *meta));
   }
+  const Site& site = *meta->site;
   Tensor source = base_of(self);
   Tensor result = move(source);
   if (result.is_same(source)) {
     return self;
   }
-  // A copy of a base that holds its adapters, with nothing else to act, has
-  // the value already; a tag would add them once more.
-  if (!meta->site->merge_order.empty() && meta->site->active(source).empty()) {
-    return meta->cut ? result : guard_merged(std::move(result), *meta->site);
+  auto tag = same_tag(*meta);
+  // On a copy every adapter acts, those too that the base holds already.
+  if (!site.merge_order.empty() && site.holds_storage_of(source)) {
+    if (site.active(source).empty()) { // the copy has the value
+      return meta->cut ? result : guard_merged(std::move(result), site);
+    }
+    result = site.original.to(
+        result.device(), result.scalar_type(), false, /*copy=*/true);
+    result = meta->transposed ? result.t() : result;
+    tag->unmerged = true;
   }
-  set_tag(result, same_tag(*meta));
+  set_tag(result, std::move(tag));
   return result;
 }
 
@@ -159,6 +167,11 @@ inline bool has_compatible_shallow_copy_type_kernel(
   NoTagGuard guard(kAdaptedKey);
   const bool compatible = at::_has_compatible_shallow_copy_type(self, from);
   if (compatible && meta != nullptr && !self.is_same(from)) {
+    if (theirs != nullptr && theirs->unmerged && theirs->site == meta->site) {
+      // Module::to: the base goes on holding them.
+      const at::NoGradGuard no_grad;
+      base_of(from).copy_(base_of(self));
+    }
     auto kept = same_tag(*meta);
     kept->token = meta->token;
     kept->shared = meta->shared;

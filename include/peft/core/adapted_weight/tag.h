@@ -29,7 +29,7 @@ constexpr auto kAdaptedKey = c10::DispatchKey::PEFT_DISPATCH_KEY;
 /// Raised whenever Site, Delta or AdaptedMeta change their layout: two
 /// libraries of one process must agree on it.
 constexpr int64_t kAdaptedAbi =
-    3 * 1000 + static_cast<int64_t>(c10::DispatchKey::PEFT_DISPATCH_KEY);
+    4 * 1000 + static_cast<int64_t>(c10::DispatchKey::PEFT_DISPATCH_KEY);
 
 /// Internal linkage on purpose: every library that can make a tag must stay
 /// mapped, because tags and kernels outlive dlclose.
@@ -49,6 +49,9 @@ struct AdaptedMeta : c10::BackendMeta {
   bool matrix = true;
   bool transposed = false;
   Rows rows;
+  /// A copy by to() of the base as it was before it held merged adapters, for
+  /// others act on it too.
+  bool unmerged = false;
   /// A view: value = view(value of root). `root` is the untagged base, so that
   /// no tag refers to its own tensor.
   Tensor root;
