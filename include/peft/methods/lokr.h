@@ -96,6 +96,9 @@ class LoKrDelta final : public FormulaDelta<LoKrDelta> {
       const LinearCall& call,
       const Below<LinearCall>& below,
       double scale) const override {
+    if (is_training()) {
+      at::rand({1}); // HF draws in any case
+    }
     const Tensor y = below(call);
     const Tensor left = is_transposed() ? w1().t() : w1();
     const Tensor right = is_transposed() ? w2().t() : w2();
