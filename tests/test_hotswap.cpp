@@ -5,6 +5,7 @@
 #include "test.h"
 
 #include <functional>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -109,6 +110,14 @@ void check_swap(
 }
 
 } // namespace
+
+TEST_CASE("A module's name as a pattern matches nothing else", "[hotswap]") {
+  const std::string name = "a.b+c[0]($x)|y";
+  const std::regex pattern(peft::detail::exact_pattern(name));
+  CHECK(std::regex_match(name, pattern));
+  CHECK_FALSE(std::regex_match("aXb+c[0]($x)|y", pattern));
+  CHECK_FALSE(std::regex_match("y", pattern));
+}
 
 TEST_CASE("A hot-swap gives what HF PEFT's gives", "[hotswap]") {
   const Golden golden("hotswap", "adapters");

@@ -17,6 +17,7 @@
 
 #include <peft/io/formats/lora.h>
 #include <peft/io/pretrained.h>
+#include <peft/methods/lora/factors.h>
 
 #include <algorithm>
 #include <any>
@@ -89,18 +90,16 @@ inline void describe_ranks(LoraOptions& options, const AdapterState& state) {
     const int64_t r = dora != nullptr ? dora->r() : lora->r();
     const double scaling =
         dora != nullptr ? dora->config().scaling : lora->config().scaling;
-    const auto infix = site.file_prefix.find(".base_layer.out_proj");
     const auto size = static_cast<double>(r);
     ranks.push_back(
-        {infix == std::string::npos ? site.name
-                                    : site.file_prefix.substr(0, infix),
+        {target_of(site),
          r,
          scaling * (options.rslora() ? std::sqrt(size) : size)});
   }
   options.r(ranks.front().r).alpha(ranks.front().alpha);
   LoraOptions::Pattern r_pattern, alpha_pattern;
   for (const auto& rank : ranks) {
-    const std::string name = "^" + LoraFormat::escape_regex(rank.module);
+    const std::string name = "^" + exact_pattern(rank.module);
     if (rank.r != options.r()) {
       r_pattern.emplace_back(name, static_cast<double>(rank.r));
     }

@@ -91,9 +91,9 @@ class ShiraDelta final : public SparseCopy {
       return c10::str(
           "shape ", value.sizes(), " where [2, ", indices.numel(), "] fits");
     }
-    const Tensor at = value.to(at::kCPU, at::kLong);
+    const Tensor entries = value.to(at::kCPU, at::kLong);
     const Tensor limit = torch::tensor({rows_, columns_}).unsqueeze(1);
-    if (at.lt(0).logical_or_(at.ge(limit)).any().item<bool>()) {
+    if (entries.lt(0).logical_or_(entries.ge(limit)).any().item<bool>()) {
       return c10::str(
           "an index lies outside of the weight's [",
           rows_,
@@ -101,7 +101,7 @@ class ShiraDelta final : public SparseCopy {
           columns_,
           "]");
     }
-    const auto [sorted, order] = (at[0] * columns_ + at[1]).sort();
+    const auto [sorted, order] = (entries[0] * columns_ + entries[1]).sort();
     if (sorted.slice(0, 1).eq(sorted.slice(0, 0, -1)).any().item<bool>()) {
       return "an entry stands there twice";
     }

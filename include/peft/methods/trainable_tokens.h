@@ -162,19 +162,19 @@ inline std::shared_ptr<TrainableTokensDelta> make_tokens_delta(
       path,
       "' has the rows 0 to ",
       weight.size(0) - 1);
-  const Tensor at = torch::tensor(tokens, torch::kLong);
+  const Tensor rows = torch::tensor(tokens, torch::kLong);
   const Tensor start = init_weights
-      ? base(weight).index_select(0, at.to(weight.device()))
-      : torch::randn({at.numel(), weight.size(1)});
+      ? base(weight).index_select(0, rows.to(weight.device()))
+      : torch::randn({rows.numel(), weight.size(1)});
   return std::make_shared<TrainableTokensDelta>(
-      TrainableTokensDelta::Config{at},
+      TrainableTokensDelta::Config{rows},
       TrainableTokensDelta::NamedTensors{
           {"trainable_tokens_delta",
            parameter_for(weight, start.detach().clone())}},
       false);
 }
 
-/// The same, of which there must be one for `option`.
+/// token_embeddings(), of which there must be one for `option`.
 inline std::vector<std::string> some_token_embeddings(
     const Network& network,
     const std::string& option) {

@@ -5,6 +5,7 @@
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/lora_parameters.h>
 #include <peft/methods/lora.h>
+#include <peft/methods/lora/factors.h>
 
 #include <algorithm>
 #include <cctype>
@@ -31,12 +32,7 @@ inline std::vector<std::string> lora_modules(const AdapterState& adapter) {
         names_parameter(o.target_parameters(), site.parameters.front())) {
       continue;
     }
-    const std::string infix = ".base_layer.out_proj";
-    std::string name = site.name;
-    const auto at = site.file_prefix.find(infix);
-    if (at != std::string::npos) {
-      name = site.file_prefix.substr(0, at);
-    }
+    const std::string name = target_of(site);
     if (std::find(result.begin(), result.end(), name) == result.end()) {
       result.push_back(name);
     }
@@ -263,18 +259,10 @@ class LoraFormat final : public AdapterFormat {
       const auto wide = delta->lora_A.size(0);
       const double norm = o.rslora() ? std::sqrt(static_cast<double>(wide))
                                      : static_cast<double>(wide);
-      const std::string pattern = "^" + escape_regex(site.name);
+      const std::string pattern = "^" + exact_pattern(site.name);
       ranks[pattern] = wide;
       alphas[pattern] = delta->config().scaling * norm;
     }
-  }
-
-  static std::string escape_regex(const std::string& name) {
-    std::string result;
-    for (const char c : name) {
-      result += c == '.' ? "\\." : std::string(1, c);
-    }
-    return result;
   }
 
   NamedTensorList pack(const AdapterState& adapter) const override {

@@ -107,9 +107,8 @@ inline void orient_stacks(Plan& plan, const NamedTensorMap& file) {
     if (!is_stack(*site.delta)) {
       continue;
     }
-    const std::string key = file_key(site.file_prefix, "lora_A.weight");
-    auto found = file.find(kKeyPrefix + key);
-    found = found == file.end() ? file.find(key) : found;
+    const auto found =
+        find_in_file(file, file_key(site.file_prefix, "lora_A.weight"));
     const int64_t rows = site.tensor.size(1), columns = site.tensor.size(2);
     if (rows == columns) {
       square.push_back(&site);

@@ -5,6 +5,7 @@
 #include <peft/io/formats/tuner.h>
 #include <peft/methods/shira.h>
 
+#include <any>
 #include <optional>
 #include <string>
 
@@ -28,7 +29,7 @@ class ShiraFormat final : public TunerFormat<ShiraOptions, ShiraDelta> {
     for (auto& site : plan.sites) {
       const auto* delta = dynamic_cast<const ShiraDelta*>(site.delta.get());
       const auto found =
-          file.find(kKeyPrefix + file_key(site.file_prefix, "shira_weight"));
+          find_in_file(file, file_key(site.file_prefix, "shira_weight"));
       if (o.mask_type() != "random" && delta != nullptr &&
           found != file.end() && found->second.dim() == 1) {
         site.delta = delta->resized(found->second.numel());

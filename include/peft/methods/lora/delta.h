@@ -321,7 +321,7 @@ class LoraDelta final : public Delta {
       const override {
     torch::NoGradGuard no_grad;
     if (config_.layout == Layout::blocks && name == "lora_B.weight") {
-      return scattered_B();
+      return scattered(parameter);
     }
     if (is_grouped() && name == "lora_A.weight" && obstacle_.empty()) {
       const int64_t g = config_.groups, rank = parameter.size(0) / g;
@@ -367,9 +367,9 @@ class LoraDelta final : public Delta {
         from->config_.enabled != config_.enabled) {
       return "it is a '" + other.describe() + "' of another form";
     }
-    if (static_cast<bool>(from->offset_) != static_cast<bool>(offset_) ||
-        (offset_ && from->offset_.A.sizes() != offset_.A.sizes())) {
-      return "what the two take off at their start is not of one rank";
+    const auto apart = offset_.misfit(from->offset_);
+    if (!apart.empty()) {
+      return apart;
     }
     const int64_t groups = config_.layout == Layout::blocks ? enabled_blocks()
         : config_.layout == Layout::convolution             ? config_.groups
@@ -378,10 +378,7 @@ class LoraDelta final : public Delta {
         lora_A, lora_B, from->lora_A, from->lora_B, groups, may_grow, dry_run);
     if (misfit.empty() && !dry_run) {
       torch::NoGradGuard no_grad;
-      if (offset_) {
-        offset_.A.copy_(from->offset_.A);
-        offset_.B.copy_(from->offset_.B);
-      }
+      offset_.take(from->offset_);
       config_ = from->config_;
       obstacle_ = from->obstacle_;
     }
@@ -437,7 +434,7 @@ class LoraDelta final : public Delta {
       case Layout::embedding:
         return {B.t(), A.t()};
       case Layout::blocks:
-        return {A, scattered_B()};
+        return {A, scattered(B)};
       default:
         return {A, B};
     }
@@ -503,19 +500,19 @@ class LoraDelta final : public Delta {
     return is_grouped() && lora_A.size(1) != weight.size(1);
   }
   /// The blocks of B on the diagonal of [out, r · enabled], zeros elsewhere.
-  Tensor scattered_B() const {
+  Tensor scattered(const Tensor& B) const {
     const int64_t blocks = enabled_blocks();
     const int64_t rank = lora_A.size(0) / blocks;
-    const int64_t height = lora_B.size(0) / blocks;
+    const int64_t height = B.size(0) / blocks;
     std::vector<Tensor> rows;
     int64_t at_block = 0;
     for (const bool on : config_.enabled) {
       if (!on) {
-        rows.push_back(at::zeros({height, lora_A.size(0)}, lora_B.options()));
+        rows.push_back(at::zeros({height, lora_A.size(0)}, B.options()));
         continue;
       }
       rows.push_back(at::constant_pad_nd(
-          lora_B.slice(0, at_block * height, (at_block + 1) * height),
+          B.slice(0, at_block * height, (at_block + 1) * height),
           {at_block * rank, (blocks - 1 - at_block) * rank}));
       ++at_block;
     }

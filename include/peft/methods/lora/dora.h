@@ -312,9 +312,9 @@ class DoraDelta final : public Delta {
         from->magnitude.sizes() != magnitude.sizes()) {
       return "it is a '" + other.describe() + "' of another form";
     }
-    if (static_cast<bool>(from->offset_) != static_cast<bool>(offset_) ||
-        (offset_ && from->offset_.A.sizes() != offset_.A.sizes())) {
-      return "what the two take off at their start is not of one rank";
+    const auto apart = offset_.misfit(from->offset_);
+    if (!apart.empty()) {
+      return apart;
     }
     const auto misfit = detail::take_factors(
         lora_A,
@@ -327,10 +327,7 @@ class DoraDelta final : public Delta {
     if (misfit.empty() && !dry_run) {
       torch::NoGradGuard no_grad;
       magnitude.copy_(from->magnitude);
-      if (offset_) {
-        offset_.A.copy_(from->offset_.A);
-        offset_.B.copy_(from->offset_.B);
-      }
+      offset_.take(from->offset_);
       config_ = from->config_;
     }
     return misfit;

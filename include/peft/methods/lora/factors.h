@@ -40,9 +40,11 @@ std::string target_of(const Site& site) {
 
 /// `name` as a regular expression that matches nothing else.
 inline std::string exact_pattern(const std::string& name) {
+  static const std::string special = ".\\^$|?*+()[]{}";
   std::string result;
   for (const char c : name) {
-    result += c == '.' ? "\\." : std::string(1, c);
+    result += special.find(c) == std::string::npos ? "" : "\\";
+    result += c;
   }
   return result;
 }

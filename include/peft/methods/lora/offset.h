@@ -41,6 +41,20 @@ struct LoraOffset {
     return {at::cat({A1, A}), at::cat({B1, -B}, 1)};
   }
 
+  /// Why this cannot take `other`'s values in its own memory, or "".
+  std::string misfit(const LoraOffset& other) const {
+    const bool fits = static_cast<bool>(other) == static_cast<bool>(*this) &&
+        (!A.defined() || other.A.sizes() == A.sizes());
+    return fits ? ""
+                : "what the two take off at their start is not of one rank";
+  }
+  void take(const LoraOffset& other) {
+    if (A.defined()) {
+      A.copy_(other.A);
+      B.copy_(other.B);
+    }
+  }
+
   /// For training_tensors(): HF makes them from the base again, which rounds,
   /// and may draw.
   std::vector<std::pair<std::string, Tensor>> file_tensors() const {

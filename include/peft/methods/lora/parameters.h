@@ -17,6 +17,7 @@
 #include <peft/functional/lora_merge.h>
 #include <peft/methods/lora/init.h>
 #include <peft/methods/lora/options.h>
+#include <peft/methods/tuner_targets.h>
 
 #include <algorithm>
 #include <memory>
@@ -142,15 +143,11 @@ inline std::shared_ptr<Delta> make_parameter_delta(
       {out, scale.r * experts},
       LoraLayout::matrix,
       scale.r);
-  const auto parameter = [&](const Tensor& start) {
-    return start
-        .to(torch::TensorOptions(weight.device()).dtype(adapter_dtype(weight)))
-        .set_requires_grad(true);
-  };
   return std::make_shared<LoraExpertsDelta>(
       LoraExpertsDelta::Config{experts, scale.scaling, transposed},
       LoraExpertsDelta::NamedTensors{
-          {"lora_A.weight", parameter(A)}, {"lora_B.weight", parameter(B)}});
+          {"lora_A.weight", parameter_for(weight, A)},
+          {"lora_B.weight", parameter_for(weight, B)}});
 }
 
 /// Adds a site for every parameter that target_parameters names. `adapted`
