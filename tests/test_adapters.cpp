@@ -355,8 +355,8 @@ TEST_CASE("rename_adapter: names, tensors, order", "[adapters]") {
            {{"b", "x.y"}, "must not contain a dot"},
            {{"b", ""}, "must not be empty"},
            {{"b", "__base__"}, "stands for the base"}}) {
-    const auto error =
-        error_of([&] { peft::rename_adapter(model, name[0], name[1]); });
+    const auto error = error_of(
+        [&, &pair = name] { peft::rename_adapter(model, pair[0], pair[1]); });
     INFO(error);
     CHECK(contains(error, part));
     CHECK(same_state(state_of(model), state));

@@ -473,8 +473,8 @@ inline void save_safetensors(
     const auto dtype = std::find_if(
         dtypes.begin(),
         dtypes.end(),
-        [&](const detail::SafetensorsDtype& known) {
-          return known.scalar_type == tensor.scalar_type();
+        [type = tensor.scalar_type()](const detail::SafetensorsDtype& known) {
+          return known.scalar_type == type;
         });
     TORCH_CHECK(
         dtype != dtypes.end(),

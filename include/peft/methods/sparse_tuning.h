@@ -75,8 +75,9 @@ NamedParameters weights_of(
   }
   NamedParameters result;
   for (const auto& layer : network) {
-    for (const auto& [key, tensor] : layer.parameters) {
-      const std::string path = layer.path(key);
+    for (const auto& parameter : layer.parameters) {
+      const std::string path = layer.path(parameter.first);
+      const Tensor& tensor = parameter.second;
       const bool wanted = tensor.defined() && tensor.is_floating_point() &&
           (targets.empty()
                ? tensor.dim() == 2 && is_default(layer)

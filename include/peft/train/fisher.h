@@ -139,7 +139,7 @@ inline std::vector<MeasuredParameter> measured_parameters(
           layer.path(key), layer.path(key), layer.name, tensor, nullptr};
       const auto known =
           std::find_if(result.begin(), result.end(), [&](const auto& other) {
-            return is_tied(other.tensor(), tensor);
+            return is_tied(other.tensor(), place.tensor);
           });
       if (known == result.end()) {
         result.push_back(

@@ -177,7 +177,7 @@ class WeightedLoraPlanner {
       }
     }
     result.targets(exact_targets(names, network_));
-    result.exclude({}).layers({}).layers_pattern({});
+    result.exclude(Targets()).layers({}).layers_pattern({});
     TORCH_CHECK(
         covers(result),
         "peft: one name or pattern would have to fit what all the adapters "
