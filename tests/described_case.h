@@ -8,7 +8,7 @@
 #include <peft/models/gpt2.h>
 #include <peft/peft.h>
 
-#include <nlohmann/json.hpp>
+#include "adapter_files.h"
 
 #include <algorithm>
 #include <cmath>
@@ -23,10 +23,12 @@
 
 namespace described {
 
-using nlohmann::json;
-namespace fs = std::filesystem;
+using adapter_files::as_read;
+using adapter_files::find;
+using adapter_files::json;
+using adapter_files::TensorMap;
 using torch::Tensor;
-using TensorMap = std::map<std::string, Tensor>;
+namespace fs = std::filesystem;
 
 /// A container without a forward of its own.
 struct Node : torch::nn::Module {};
@@ -573,13 +575,7 @@ class Case {
   }
 
   TensorMap group(const std::string& name) const {
-    TensorMap result;
-    for (const auto& [key, value] : numbers_) {
-      if (key.rfind(name + ".", 0) == 0) {
-        result.emplace(key.substr(name.size() + 1), value);
-      }
-    }
-    return result;
+    return adapter_files::group(numbers_, name);
   }
 
   void require(bool well, const std::string& otherwise) {
@@ -646,40 +642,6 @@ class Case {
               same_bits(item.value(), plain[item.key()]),
           complaint + item.key());
     }
-  }
-
-  /// The parameter with that key in a file; a trained bias may go by its
-  /// module's plain name.
-  static Tensor find(
-      const torch::OrderedDict<std::string, Tensor>& parameters,
-      std::string key) {
-    const std::string prefix = "base_model.model.";
-    if (key.rfind(prefix, 0) == 0) {
-      key = key.substr(prefix.size());
-    }
-    if (const auto* exact = parameters.find(key)) {
-      return *exact;
-    }
-    for (size_t at; (at = key.find(".base_layer")) != std::string::npos;) {
-      key.erase(at, std::string(".base_layer").size());
-    }
-    const auto* plain = parameters.find(key);
-    return plain != nullptr ? *plain : Tensor();
-  }
-
-  /// Lists of names have no order in PEFT's configs, and one name or index may
-  /// stand without its list.
-  static json as_read(const std::string& field, json value) {
-    if (value.is_number() && field == "layers_to_transform") {
-      value = json::array({value});
-    }
-    if (value.is_string() && field == "layers_pattern") {
-      value = json::array({value});
-    }
-    if (value.is_array()) {
-      std::sort(value.begin(), value.end());
-    }
-    return value;
   }
 
   fs::path folder_, out_;

@@ -5,9 +5,8 @@
 
 #include "test.h"
 
+#include "adapter_files.h"
 #include "networks.h"
-
-#include <nlohmann/json.hpp>
 
 #include <cstdlib>
 #include <fstream>
@@ -17,16 +16,22 @@
 namespace golden_case {
 
 namespace fs = std::filesystem;
-using nlohmann::json;
+using adapter_files::as_read;
+using adapter_files::find;
+using adapter_files::json;
+using adapter_files::prefix;
+using adapter_files::TensorMap;
 using torch::Tensor;
-using TensorMap = std::map<std::string, Tensor>;
-
-inline const std::string prefix = "base_model.model.";
 
 inline json read_json_file(const fs::path& path) {
   std::ifstream file(path);
   REQUIRE(file.good());
   return json::parse(file);
+}
+
+/// The config in an adapter's folder.
+inline json config_of(const fs::path& folder) {
+  return read_json_file(folder / "adapter_config.json");
 }
 
 /// While it lives, dropout draws torch's own mask.
@@ -64,14 +69,17 @@ inline Comparison near(const Tensor& a, const Tensor& b, double relative) {
       a, b, 0, relative * b.to(torch::kDouble).abs().max().item<double>());
 }
 
-/// One folder of data/<set>.
-struct Golden {
-  explicit Golden(const std::string& name, const std::string& set = "lora")
+/// One folder of data/<set>: what it says, the adapter, and the numbers of
+/// another library.
+struct Folder {
+  Folder(
+      const std::string& name,
+      const std::string& set,
+      const std::string& numbers = "expected.safetensors")
       : folder(fs::path(golden(set)) / name),
         facts(read_json_file(folder / "case.json")) {
-    if (fs::exists(folder / "expected.safetensors")) {
-      expected =
-          peft::load_safetensors((folder / "expected.safetensors").string());
+    if (fs::exists(folder / numbers)) {
+      expected = peft::load_safetensors((folder / numbers).string());
     }
   }
 
@@ -81,31 +89,53 @@ struct Golden {
   std::string text(const std::string& field) const {
     return facts.at(field).get<std::string>();
   }
-  bool is_half() const {
-    return facts.value("base_dtype", "float32") != "float32";
+  /// The expected tensors below "<group>.", by what follows.
+  TensorMap group(const std::string& name) const {
+    return adapter_files::group(expected, name);
   }
-  /// Half precision is compared by its own rounding, float32 by `single`.
-  double allowed(double single) const {
-    return is_half() ? tolerance(torch::kBFloat16).rtol : single;
-  }
-
-  /// The base network with the base weights.
-  networks::Network network() const {
-    auto network = networks::build(text("network"));
-    if (is_half()) {
-      network.module->to(torch::kBFloat16);
-    }
-    const auto base = facts.contains("base") ? folder / text("base")
-                                             : folder / "base.safetensors";
-    peft::load_base(*network.module, base.string());
-    return network;
-  }
-
   /// For starts that are drawn again when an adapter is loaded.
   void seed_load() const {
     if (facts.contains("load_seed")) {
       seed(facts.at("load_seed").get<uint64_t>());
     }
+  }
+
+  /// Of the base, and of the numbers.
+  torch::ScalarType dtype() const {
+    const auto name = facts.value("base_dtype", "float32");
+    return name == "bfloat16" ? torch::kBFloat16
+        : name == "float64"   ? torch::kDouble
+                              : torch::kFloat;
+  }
+  bool is_half() const {
+    return dtype() == torch::kBFloat16;
+  }
+  /// float32 is compared by `single`, half precision by its own rounding,
+  /// float64 a million times closer than float32.
+  double allowed(double single, const std::string& /*of*/ = "") const {
+    return is_half()                ? tolerance(torch::kBFloat16).rtol
+        : dtype() == torch::kDouble ? 1e-6 * single
+                                    : single;
+  }
+
+  fs::path folder;
+  json facts;
+  TensorMap expected;
+};
+
+/// A case on a network of networks.h.
+struct Golden : Folder {
+  explicit Golden(const std::string& name, const std::string& set = "lora")
+      : Folder(name, set) {}
+
+  /// The base network with the base weights.
+  networks::Network network() const {
+    auto network = networks::build(text("network"));
+    network.module->to(dtype());
+    const auto base = facts.contains("base") ? folder / text("base")
+                                             : folder / "base.safetensors";
+    peft::load_base(*network.module, base.string());
+    return network;
   }
 
   std::vector<Tensor> inputs() const {
@@ -134,40 +164,7 @@ struct Golden {
   Tensor loss(const networks::Network& network) const {
     return torch::mse_loss(run(network), expected.at("target"));
   }
-
-  /// The expected tensors below "<group>.", by what follows.
-  TensorMap group(const std::string& name) const {
-    TensorMap result;
-    for (const auto& [key, value] : expected) {
-      if (key.rfind(name + ".", 0) == 0) {
-        result.emplace(key.substr(name.size() + 1), value);
-      }
-    }
-    return result;
-  }
-
-  fs::path folder;
-  json facts;
-  TensorMap expected;
 };
-
-/// The adapter's tensor with that key in a file; undefined when there is none.
-/// A trained bias may go by its module's plain name.
-inline Tensor find(
-    const torch::OrderedDict<std::string, Tensor>& parameters,
-    std::string key) {
-  if (key.rfind(prefix, 0) == 0) {
-    key = key.substr(prefix.size());
-  }
-  if (const auto* exact = parameters.find(key)) {
-    return *exact;
-  }
-  for (size_t at; (at = key.find(".base_layer")) != std::string::npos;) {
-    key.erase(at, std::string(".base_layer").size());
-  }
-  const auto* plain = parameters.find(key);
-  return plain != nullptr ? *plain : Tensor();
-}
 
 /// The network's own parameters with copies of their values.
 inline std::vector<std::pair<Tensor, Tensor>> snapshot(
@@ -201,16 +198,14 @@ inline TensorMap weights_under(
   return result;
 }
 
-/// A config's value as PEFT reads it: lists of names have no order, and one
-/// layer may stand without its list.
-inline json as_read(const std::string& field, json value) {
-  if (field == "layers_to_transform" && value.is_number()) {
-    value = json::array({value});
+/// `check` on every case of data/<set> that has no special start.
+template <class Case = Golden>
+void for_each_case(const std::string& set, void (*check)(const Case&)) {
+  for (const auto& name : folders("", set)) {
+    DYNAMIC_SECTION(name) {
+      check(Case(name, set));
+    }
   }
-  if (value.is_array()) {
-    std::sort(value.begin(), value.end());
-  }
-  return value;
 }
 
 /// Its adapter loads and gives PEFT's output, gradients and three steps;
@@ -235,7 +230,9 @@ void check_loads(const Case& golden) {
   REQUIRE(adapter.num_parameters() == facts.at("trainable").get<int>());
 
   REQUIRE(near(
-      golden.run(network), golden.expected.at("output"), golden.allowed(1e-6)));
+      golden.run(network),
+      golden.expected.at("output"),
+      golden.allowed(1e-6, "output")));
   if (golden.is_half()) {
     REQUIRE(golden.run(network).scalar_type() == torch::kBFloat16);
   }
@@ -251,14 +248,14 @@ void check_loads(const Case& golden) {
       for (const auto& [key, gradient] : gradients) {
         INFO(key);
         const auto ours = find(parameters, key).grad();
-        REQUIRE(near(ours, gradient, golden.allowed(1e-5)));
+        REQUIRE(near(ours, gradient, golden.allowed(1e-5, "gradient")));
       }
     }
     optimizer.step();
   }
   for (const auto& [key, value] : golden.group("step")) {
     INFO(key);
-    REQUIRE(near(find(parameters, key), value, golden.allowed(1e-5)));
+    REQUIRE(near(find(parameters, key), value, golden.allowed(1e-5, "step")));
   }
 
   // Nothing but the adapter moved or was given a gradient.
@@ -269,7 +266,8 @@ void check_loads(const Case& golden) {
   }
 }
 
-/// Merging gives PEFT's merged weights, and the function stays.
+/// Merging gives PEFT's merged weights, and the function stays; what PEFT does
+/// not merge is refused.
 template <class Case>
 void check_merges(const Case& golden) {
   const auto network = golden.network();
@@ -277,6 +275,12 @@ void check_merges(const Case& golden) {
   golden.seed_load();
   auto adapter = peft::load(*network.module, golden.adapter());
   network.module->eval();
+  if (!golden.facts.value("mergeable", true)) {
+    const auto before = golden.evaluate(network);
+    REQUIRE_FALSE(error_of([&] { peft::merge(*network.module); }).empty());
+    REQUIRE(equal_bits(golden.evaluate(network), before));
+    return;
+  }
   auto expected = golden.group("merged");
   for (auto item = expected.begin(); item != expected.end();) {
     const auto* own = plain.find(item->first); // a tied head's is empty
@@ -286,7 +290,8 @@ void check_merges(const Case& golden) {
   REQUIRE_FALSE(expected.empty());
   for (const auto& [key, value] : expected) {
     INFO(key);
-    REQUIRE(near(peft::effective(plain[key]), value, golden.allowed(1e-6)));
+    REQUIRE(near(
+        peft::effective(plain[key]), value, golden.allowed(1e-6, "merged")));
   }
   const auto adapted = golden.evaluate(network);
   peft::merge(*network.module);
@@ -294,9 +299,21 @@ void check_merges(const Case& golden) {
   REQUIRE(merged.size() == plain.size());
   for (const auto& [key, value] : expected) {
     INFO(key);
-    REQUIRE(near(merged.at(key), value, golden.allowed(1e-6)));
+    REQUIRE(near(merged.at(key), value, golden.allowed(1e-6, "merged")));
   }
-  REQUIRE(near(golden.evaluate(network), adapted, golden.allowed(5e-6)));
+  REQUIRE(
+      near(golden.evaluate(network), adapted, golden.allowed(5e-6, "output")));
+}
+
+/// A config has every field of another, as PEFT reads it.
+inline void check_keeps_fields(const json& after, const json& before) {
+  for (const auto& item : before.items()) {
+    INFO(item.key());
+    REQUIRE(after.contains(item.key()));
+    REQUIRE(
+        as_read(item.key(), after.at(item.key())) ==
+        as_read(item.key(), item.value()));
+  }
 }
 
 /// Saving what was loaded gives the same tensors and config.
@@ -325,20 +342,68 @@ void check_saves_again(const Case& golden) {
         value.is_floating_point() ? value.to(torch::kFloat) : value));
   }
   REQUIRE(again.size() == count);
-  const auto before =
-      read_json_file(fs::path(golden.adapter()) / "adapter_config.json");
-  const auto after = read_json_file(directory / "again/adapter_config.json");
-  for (const auto& item : before.items()) {
-    INFO(item.key());
-    REQUIRE(after.contains(item.key()));
-    REQUIRE(
-        as_read(item.key(), after.at(item.key())) ==
-        as_read(item.key(), item.value()));
-  }
+  const auto before = config_of(golden.adapter());
+  const auto after = config_of(directory / "again");
+  check_keeps_fields(after, before);
   REQUIRE(after.size() == before.size());
 }
 
 // ~~~~ the other direction ~~~~
+
+/// Where adapters are written for the other library to read:
+/// $PEFT_REVERSE_DIR, emptied, or a folder that goes away.
+class ReverseFolder {
+ public:
+  explicit ReverseFolder(const std::string& below = "") {
+    const char* wanted = std::getenv("PEFT_REVERSE_DIR");
+    path_ = wanted != nullptr ? fs::path(wanted) : own_.path();
+    if (!below.empty()) {
+      path_ /= below;
+    }
+    fs::remove_all(path_);
+  }
+  fs::path operator/(const std::string& name) const {
+    return path_ / name;
+  }
+
+ private:
+  TemporaryDirectory own_;
+  fs::path path_;
+};
+
+/// Saves a new adapter whose values are not what they start as.
+template <class Options>
+peft::Adapter write_adapter(
+    torch::nn::Module& module,
+    const Options& options,
+    const fs::path& folder,
+    double size = 0.2,
+    const peft::SaveOptions& how = {}) {
+  seed(5);
+  auto adapter = peft::attach(module, options);
+  {
+    torch::NoGradGuard no_grad;
+    for (auto parameter : adapter.parameters()) {
+      parameter.add_(size * torch::randn_like(parameter));
+    }
+  }
+  module.eval();
+  fs::create_directories(folder);
+  peft::save(adapter, (folder / "adapter").string(), how);
+  REQUIRE(fs::exists(folder / "adapter/adapter_config.json"));
+  return adapter;
+}
+
+/// What the other library is to repeat, and with which network.
+inline void write_numbers(
+    const fs::path& folder,
+    TensorMap inputs,
+    const Tensor& output,
+    const json& facts) {
+  inputs.emplace("output", output.detach().contiguous());
+  peft::save_safetensors(inputs, (folder / "numbers.safetensors").string());
+  std::ofstream(folder / "case.json") << facts.dump(2) << '\n';
+}
 
 /// Writes what check_with_peft.py needs to repeat this output with HF PEFT.
 template <class Options>
@@ -353,20 +418,10 @@ void write_for_peft(
   if (half) {
     network.module->to(torch::kBFloat16);
   }
-  fs::create_directories(folder);
-  TensorMap base = values(*network.module);
+  const TensorMap base = values(*network.module);
+  const auto adapter =
+      write_adapter(*network.module, options, folder, size, how);
   peft::save_safetensors(base, (folder / "base.safetensors").string());
-
-  seed(5);
-  auto adapter = peft::attach(*network.module, options);
-  {
-    torch::NoGradGuard no_grad;
-    for (auto parameter : adapter.parameters()) {
-      parameter.add_(size * torch::randn_like(parameter));
-    }
-  }
-  network.module->eval();
-  peft::save(adapter, (folder / "adapter").string(), how);
 
   TensorMap numbers;
   auto inputs = golden.inputs();
@@ -376,8 +431,6 @@ void write_for_peft(
     }
     numbers.emplace("input." + std::to_string(i), inputs[i]);
   }
-  numbers.emplace("output", network.run(inputs).detach().contiguous());
-  peft::save_safetensors(numbers, (folder / "numbers.safetensors").string());
 
   // PEFT trains what the file holds: for a grouped convolution that is more
   // than we do, because its lora_A sees the other groups' channels too.
@@ -395,11 +448,13 @@ void write_for_peft(
         trainable ==
         adapter.num_parameters() * (how.convert_to_plain_lora() ? 2 : 1));
   }
-  const json facts = {
-      {"network", golden.text("network")},
-      {"dtype", half ? "bfloat16" : "float32"},
-      {"trainable", trainable}};
-  std::ofstream(folder / "case.json") << facts.dump(2) << '\n';
+  write_numbers(
+      folder,
+      numbers,
+      network.run(inputs),
+      {{"network", golden.text("network")},
+       {"dtype", half ? "bfloat16" : "float32"},
+       {"trainable", trainable}});
 }
 
 } // namespace golden_case

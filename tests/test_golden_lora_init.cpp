@@ -40,52 +40,15 @@ TensorMap products(const TensorMap& tensors) {
 } // namespace
 
 TEST_CASE("lora init: files of HF PEFT load and give its numbers") {
-  for (const auto& name : folders("", kSet)) {
-    DYNAMIC_SECTION(name) {
-      check_loads(Golden(name, kSet));
-    }
-  }
+  for_each_case(kSet, check_loads<Golden>);
 }
 
 TEST_CASE("lora init: merging a file of HF PEFT gives its merged weights") {
-  for (const auto& name : folders("", kSet)) {
-    DYNAMIC_SECTION(name) {
-      check_merges(Golden(name, kSet));
-    }
-  }
+  for_each_case(kSet, check_merges<Golden>);
 }
 
 TEST_CASE("lora init: a loaded adapter is saved as it was loaded") {
-  for (const auto& name : folders("", kSet)) {
-    DYNAMIC_SECTION(name) {
-      const Golden golden(name, kSet);
-      const auto network = golden.network();
-      const auto adapter = peft::load(*network.module, golden.adapter());
-      const TemporaryDirectory directory;
-      peft::save(adapter, directory / "again");
-      const auto saved = peft::load_safetensors(
-          golden.adapter() + "/adapter_model.safetensors");
-      const auto again =
-          peft::load_safetensors(directory / "again/adapter_model.safetensors");
-      REQUIRE(again.size() == saved.size());
-      for (const auto& [key, value] : saved) {
-        INFO(key);
-        REQUIRE(again.count(key) == 1);
-        REQUIRE(equal_bits(again.at(key), value));
-      }
-      const auto before =
-          read_json_file(fs::path(golden.adapter()) / "adapter_config.json");
-      const auto after =
-          read_json_file(directory / "again/adapter_config.json");
-      REQUIRE(after.size() == before.size());
-      for (const auto& item : before.items()) {
-        INFO(item.key());
-        REQUIRE(
-            as_read(item.key(), after.at(item.key())) ==
-            as_read(item.key(), item.value()));
-      }
-    }
-  }
+  for_each_case(kSet, check_saves_again<Golden>);
 }
 
 TEST_CASE("lora init: A and B start as HF PEFT's, and take off what it does") {
@@ -167,22 +130,15 @@ TEST_CASE("lora init: HF PEFT's conversion to a plain LoRA is ours") {
         INFO(site);
         REQUIRE(close(own.at(site), product, 0, 5e-6));
       }
-      auto config = read_json_file(directory / "plain/adapter_config.json");
-      const auto wanted = read_json_file(theirs + "/adapter_config.json");
+      const auto config = config_of(directory / "plain");
+      auto wanted = config_of(theirs);
       REQUIRE(config.size() == wanted.size());
-      for (const auto& item : wanted.items()) {
-        INFO(item.key());
-        if (item.key() == "lora_alpha") {
-          const auto alpha = item.value().get<double>();
-          REQUIRE(
-              std::abs(config.at("lora_alpha").get<double>() - alpha) <=
-              1e-12 * alpha);
-          continue;
-        }
-        REQUIRE(
-            as_read(item.key(), config.at(item.key())) ==
-            as_read(item.key(), item.value()));
-      }
+      const auto alpha = wanted.at("lora_alpha").get<double>();
+      REQUIRE(
+          std::abs(config.at("lora_alpha").get<double>() - alpha) <=
+          1e-12 * alpha);
+      wanted.erase("lora_alpha");
+      check_keeps_fields(config, wanted);
 
       // Both are plain LoRA: nothing of the start is kept or made again.
       for (const std::string& folder : {directory / "plain", theirs}) {
@@ -199,19 +155,13 @@ TEST_CASE("lora init: HF PEFT's conversion to a plain LoRA is ours") {
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~ the other direction ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 TEST_CASE("lora init: adapters are written for HF PEFT to read") {
-  const TemporaryDirectory own;
-  const char* wanted = std::getenv("PEFT_REVERSE_DIR");
-  const fs::path root = wanted != nullptr ? fs::path(wanted) : own.path();
-  if (wanted != nullptr) {
-    fs::remove_all(root);
-  }
+  const ReverseFolder root;
   const auto write = [&](const std::string& name,
                          const std::string& golden_name,
                          const peft::LoraOptions& options,
                          bool half = false) {
     write_for_peft(root / name, Golden(golden_name), options, half, 0.1);
-    const auto config =
-        read_json_file(root / name / "adapter/adapter_config.json");
+    const auto config = config_of(root / name / "adapter");
     REQUIRE(config.at("init_lora_weights") == options.init());
   };
   const auto options = [](const std::string& init, peft::Targets targets) {

@@ -126,6 +126,9 @@ def check(folder):
     others = check_others(folder, facts, said)
     said = [text for text in said if not any(words in text for words in PEFT_ALWAYS_SAYS)]
     missing, unexpected = keys_not_matched(model, folder)
+    for key, parameter in model.named_parameters():
+        if "ranknum" in key:  # that AdaLoRA trains where the base is not float32
+            parameter.requires_grad_(False)
     trainable = model.get_nb_trainable_parameters()[0]
     remark = ""
     if out_proj_added_twice() and halve_out_proj(model):

@@ -15,6 +15,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 DATA = Path(__file__).resolve().parent / "data" / "models"
 TRANSFORMERS = "5.23.0"  # the version that wrote data/models
@@ -118,6 +119,14 @@ WATCHED = dict(
         "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     ),
 )
+
+
+def norm(self, x):
+    """T5LayerNorm in the precision of x; transformers 5.23.0 takes the mean in float32."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+T5LayerNorm.forward = norm
 
 
 def new(name):
