@@ -307,6 +307,23 @@ TEST_CASE("convert: saved as LoRA, the model is as it was") {
   REQUIRE(peft::adapters(*network.module).size() == 2);
 }
 
+TEST_CASE("convert: a model in training draws nothing") {
+  const auto check = [](const auto& options) {
+    auto network = network_of("mlp");
+    const auto adapter = moved(*network.module, options);
+    network.module->train();
+    const auto made =
+        peft::convert_to_lora(adapter, ConvertToLoraOptions(16)).adapter;
+    network.module->eval();
+    check_same_weights(*network.module, "default", made.name(), 1e-11);
+  };
+  check(
+      peft::LoHaOptions(2).rank_dropout(0.5).module_dropout(0.5).targets(kFc));
+  check(peft::LoKrOptions(2).rank_dropout(0.5).targets(kFc));
+  check(peft::OftOptions().oft_block_size(2).module_dropout(0.5).targets(kFc));
+  check(peft::BoftOptions().boft_block_size(2).dropout(0.9).targets(kFc));
+}
+
 TEST_CASE("convert: what a LoRA cannot hold is refused with the reason") {
   const auto error = [](torch::nn::Module& module,
                         const peft::Adapter& adapter,

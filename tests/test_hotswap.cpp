@@ -290,6 +290,30 @@ TEST_CASE("Other methods swap where their shapes agree", "[hotswap]") {
   check_swap("BitFit", "mlp", BitFitOptions(), BitFitOptions(), true);
 }
 
+TEST_CASE("A start is made of the base alone, whoever is merged") {
+  using namespace peft;
+  const auto pissa =
+      LoraOptions(4).init("pissa").targets(Targets({"fc1", "fc2"}));
+  const TemporaryDirectory folder;
+  Tensor expected;
+  {
+    const auto network = network_of("mlp");
+    randomise(attach(*network.module, pissa), 8);
+    save(get_adapter(*network.module), folder / "pissa");
+    expected = run(network, "mlp");
+  }
+  std::filesystem::remove(folder / "pissa/libpeft_training.safetensors");
+  const auto network = network_of("mlp");
+  attach(*network.module, pissa, "mine");
+  auto beside = attach(*network.module, LoraOptions(2).targets({"fc1"}), "b");
+  randomise(beside, 9);
+  beside.merge();
+  hotswap_adapter(*network.module, folder / "pissa", "mine");
+  beside.unmerge();
+  beside.disable();
+  CHECK(close(run(network, "mlp"), expected, 1e-5, 1e-5));
+}
+
 TEST_CASE(
     "What cannot be swapped is refused, nothing is changed",
     "[hotswap]") {

@@ -239,6 +239,34 @@ TEST_CASE("A state that does not fit is refused as a whole", "[optimizer]") {
   peft::save_safetensors(tensors, file);
   refused(same, adapter, {"holds the state of no optimizer"});
 
+  // A file of a step that did without what this optimizer's step reads.
+  const auto lacks = [&](auto before, auto now, const std::string& field) {
+    before.zero_grad();
+    steps(net, before, 1, 10);
+    peft::save_optimizer(before, adapter, path);
+    refused(
+        now,
+        adapter,
+        {"fc1.lora_B.weight." + field + ": missing from the file"});
+  };
+  const auto own = adapter.parameters();
+  lacks(
+      optim::Adam(own, optim::AdamOptions(1e-2)),
+      optim::Adam(own, optim::AdamOptions(1e-2).amsgrad(true)),
+      "max_exp_avg_sq");
+  lacks(
+      optim::AdamW(own, optim::AdamWOptions(1e-2)),
+      optim::AdamW(own, optim::AdamWOptions(1e-2).amsgrad(true)),
+      "max_exp_avg_sq");
+  lacks(
+      optim::RMSprop(own, optim::RMSpropOptions(1e-2)),
+      optim::RMSprop(own, optim::RMSpropOptions(1e-2).momentum(0.9)),
+      "momentum_buffer");
+  lacks(
+      optim::RMSprop(own, optim::RMSpropOptions(1e-2)),
+      optim::RMSprop(own, optim::RMSpropOptions(1e-2).centered(true)),
+      "grad_avg");
+
   peft::save(adapter, path); // a later save does not leave an older state
   CHECK_FALSE(std::filesystem::exists(file));
 }

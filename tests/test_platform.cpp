@@ -102,6 +102,10 @@ TEST_CASE("an atomic file refuses a missing folder and writing after commit") {
   REQUIRE(contains(
       error_of([&] { AtomicFile{folder / "no/such/folder"}; }),
       "peft: cannot write"));
+  REQUIRE(fs::create_directory(folder / "in_the_way"));
+  REQUIRE(contains(
+      error_of([&] { AtomicFile{folder / "in_the_way"}; }),
+      "peft: cannot replace"));
   AtomicFile file(folder / "out");
   file.commit();
   REQUIRE(contains(error_of([&] { file.write("x"); }), "already closed"));

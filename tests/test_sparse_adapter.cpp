@@ -566,6 +566,15 @@ TEST_CASE("Pruning that cannot be is refused, unchanged", "[sparse_adapter]") {
       error_of(
           [&] { peft::attach(*model, peft::Masked(peft::BitFitOptions())); }),
       "needs weights of two dimensions"));
+  for (const bool dora : {false, true}) {
+    CHECK(contains(
+        error_of([&] {
+          peft::attach(
+              *model,
+              peft::Masked(peft::LoraOptions(2).init("pissa").dora(dora)));
+        }),
+        "cannot be masked: it starts as a part of the weight"));
+  }
   CHECK(contains(
       error_of([&] {
         peft::attach(

@@ -152,6 +152,11 @@ class Delta : public torch::nn::Module {
     return {};
   }
 
+  /// Why no entry of its parameters may be held at zero; empty when one may.
+  virtual std::string mask_obstacle() const {
+    return {};
+  }
+
   /// W ← W' in the memory of `weight`, the plain base, for a merge. True only
   /// where a look at the parameters proves that a finite W stays finite; with
   /// `dry_run`, which is always asked first, it only says so. False: nothing

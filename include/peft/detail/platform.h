@@ -75,7 +75,7 @@ class MappedFile {
 class AtomicFile {
  public:
   /// Starts a new content for `path`; throws c10::Error when its folder cannot
-  /// be written to.
+  /// be written to, or a folder has that name.
   explicit AtomicFile(const std::string& path);
   ~AtomicFile();
   AtomicFile(const AtomicFile&) = delete;
@@ -93,6 +93,7 @@ class AtomicFile {
  private:
   /// Gives up: closes and removes the temporary file.
   void discard() noexcept;
+  void check_target();
   [[noreturn]] void fail(const char* what, int error);
 
   std::filesystem::path target_;
@@ -223,6 +224,14 @@ inline std::filesystem::path resolve_link(const std::filesystem::path& path) {
   return error ? path : resolved;
 }
 
+/// A folder would only be found in the way by commit().
+inline void AtomicFile::check_target() {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(target_, ignored)) {
+    fail("replace", EISDIR);
+  }
+}
+
 inline void AtomicFile::fail(const char* what, int error) {
   const auto name = target_.string();
   discard();
@@ -270,6 +279,7 @@ inline int write_all(int file, const void* bytes, size_t count) {
 
 inline AtomicFile::AtomicFile(const std::string& path)
     : target_(resolve_link(path)) {
+  check_target();
   do {
     temporary_ = temporary_name(target_);
     file_ = ::open(
@@ -326,7 +336,9 @@ inline void AtomicFile::discard() noexcept {
 #else
 
 inline AtomicFile::AtomicFile(const std::string& path)
-    : target_(resolve_link(path)), temporary_(temporary_name(target_)) {
+    : target_(resolve_link(path)) {
+  check_target();
+  temporary_ = temporary_name(target_);
   file_.open(temporary_, std::ios::binary | std::ios::trunc);
   if (!file_) {
     temporary_.clear();

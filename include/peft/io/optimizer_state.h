@@ -26,6 +26,7 @@
 
 #include <c10/util/FunctionRef.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -77,15 +78,46 @@ inline void visit(torch::optim::AdagradParamState& state, StateVisitor f) {
   f("sum", state.sum(), StateField::tensor);
 }
 
-/// An optimizer of LibTorch's: its name, an empty state of its kind, and what a
-/// state holds.
+/// Those of the optional fields that a step with these options reads.
+inline std::vector<std::string> read_fields(const torch::optim::SGDOptions&) {
+  return {};
+}
+inline std::vector<std::string> read_fields(
+    const torch::optim::AdagradOptions&) {
+  return {};
+}
+inline std::vector<std::string> read_fields(
+    const torch::optim::AdamOptions& options) {
+  return options.amsgrad() ? std::vector<std::string>{"max_exp_avg_sq"}
+                           : std::vector<std::string>{};
+}
+inline std::vector<std::string> read_fields(
+    const torch::optim::AdamWOptions& options) {
+  return options.amsgrad() ? std::vector<std::string>{"max_exp_avg_sq"}
+                           : std::vector<std::string>{};
+}
+inline std::vector<std::string> read_fields(
+    const torch::optim::RMSpropOptions& options) {
+  std::vector<std::string> result;
+  if (options.momentum() > 0) {
+    result.emplace_back("momentum_buffer");
+  }
+  if (options.centered()) {
+    result.emplace_back("grad_avg");
+  }
+  return result;
+}
+
+/// An optimizer of LibTorch's: its name, an empty state of its kind, what a
+/// state holds, and what options read of it.
 struct OptimizerKind {
   std::string name;
   std::unique_ptr<torch::optim::OptimizerParamState> (*make)();
   void (*visit)(torch::optim::OptimizerParamState&, StateVisitor);
+  std::vector<std::string> (*read)(const torch::optim::OptimizerOptions&);
 };
 
-template <class State>
+template <class State, class Options>
 OptimizerKind kind_with(const std::string& name) {
   return {
       name,
@@ -94,32 +126,41 @@ OptimizerKind kind_with(const std::string& name) {
       },
       [](torch::optim::OptimizerParamState& state, StateVisitor f) {
         visit(static_cast<State&>(state), f);
+      },
+      [](const torch::optim::OptimizerOptions& options) {
+        return read_fields(static_cast<const Options&>(options));
       }};
 }
 
 inline OptimizerKind kind_of(const torch::optim::Optimizer& optimizer) {
   using namespace torch::optim;
   if (dynamic_cast<const SGD*>(&optimizer) != nullptr) {
-    return kind_with<SGDParamState>("SGD");
+    return kind_with<SGDParamState, SGDOptions>("SGD");
   }
   if (dynamic_cast<const Adam*>(&optimizer) != nullptr) {
-    return kind_with<AdamParamState>("Adam");
+    return kind_with<AdamParamState, AdamOptions>("Adam");
   }
   if (dynamic_cast<const AdamW*>(&optimizer) != nullptr) {
-    return kind_with<AdamWParamState>("AdamW");
+    return kind_with<AdamWParamState, AdamWOptions>("AdamW");
   }
   if (dynamic_cast<const RMSprop*>(&optimizer) != nullptr) {
-    return kind_with<RMSpropParamState>("RMSprop");
+    return kind_with<RMSpropParamState, RMSpropOptions>("RMSprop");
   }
   TORCH_CHECK(
       dynamic_cast<const Adagrad*>(&optimizer) != nullptr,
       "peft: the state of this optimizer cannot be kept by parameter; SGD, "
       "Adam, AdamW, RMSprop and Adagrad can, others with torch::save");
-  return kind_with<AdagradParamState>("Adagrad");
+  return kind_with<AdagradParamState, AdagradOptions>("Adagrad");
 }
 
+/// A parameter that an optimizer has, and how it steps there.
+struct OptimizedParameter {
+  Tensor tensor;
+  const torch::optim::OptimizerOptions& options;
+};
+
 /// The adapter's parameters that the optimizer has, by name.
-inline std::map<std::string, Tensor> optimized_parameters(
+inline std::map<std::string, OptimizedParameter> optimized_parameters(
     const torch::optim::Optimizer& optimizer,
     const Adapter& adapter) {
   const auto named = adapter.named_parameters();
@@ -132,12 +173,12 @@ inline std::map<std::string, Tensor> optimized_parameters(
       " parameters, and names for ",
       named.size(),
       "; its optimizer's state cannot be kept by name");
-  std::map<std::string, Tensor> result;
+  std::map<std::string, OptimizedParameter> result;
   for (const auto& item : named) {
     for (const auto& group : optimizer.param_groups()) {
       for (const auto& p : group.params()) {
         if (p.is_same(item.value())) {
-          result.emplace(item.key(), p);
+          result.emplace(item.key(), OptimizedParameter{p, group.options()});
         }
       }
     }
@@ -170,7 +211,7 @@ inline void save_optimizer(
       "' holds no adapter; save the adapter there first");
   detail::NamedTensorList tensors;
   for (const auto& [name, p] : parameters) {
-    const auto found = optimizer.state().find(p.unsafeGetTensorImpl());
+    const auto found = optimizer.state().find(p.tensor.unsafeGetTensorImpl());
     if (found == optimizer.state().end()) {
       continue; // it has not made a step
     }
@@ -225,7 +266,8 @@ inline void load_optimizer(
   std::vector<std::string> problems, known;
   for (const auto& [name, parameter] : parameters) {
     const std::string start = name + ".";
-    const Tensor p = parameter;
+    const Tensor p = parameter.tensor;
+    const auto read = kind.read(parameter.options);
     auto state = kind.make();
     bool any = false;
     std::vector<std::string> missing;
@@ -236,7 +278,8 @@ inline void load_optimizer(
           known.push_back(key);
           const auto found = tensors.find(key);
           if (found == tensors.end()) {
-            if (field != detail::StateField::optional) {
+            if (field != detail::StateField::optional ||
+                std::find(read.begin(), read.end(), item) != read.end()) {
               missing.push_back(key + ": missing from the file");
             }
             return;

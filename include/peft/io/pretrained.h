@@ -47,6 +47,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <deque>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -233,8 +234,8 @@ struct SaveOptions {
 /// Writes adapter_config.json and adapter_model.safetensors into `folder`,
 /// which is made if need be; HF PEFT's from_pretrained reads the methods that
 /// it has. What such a file has no place for and training needs goes into
-/// libpeft_training.safetensors beside them. Each file is replaced only when it
-/// is complete. Fields of a config that was loaded and that libpeft does not
+/// libpeft_training.safetensors beside them. Files are replaced only when all
+/// are complete. Fields of a config that was loaded and that libpeft does not
 /// know are written again.
 inline void save(
     const Adapter& adapter,
@@ -271,28 +272,38 @@ inline void save(
       metadata[detail::kTiesMark] = "one tensor";
     }
   }
-  save_safetensors(
-      tensors,
-      (fs::path(folder) / format.weight_files().front()).string(),
-      metadata);
+  std::deque<detail::AtomicFile> files;
+  std::vector<std::string> stale{detail::kOptimizerFile};
+  const auto path_of = [&](const std::string& name) {
+    return (fs::path(folder) / name).string();
+  };
+  const auto write = [&](const std::string& name,
+                         const detail::NamedTensorList& list,
+                         const SafetensorsMetadata& notes) {
+    files.emplace_back(path_of(name));
+    detail::write_safetensors(list, path_of(name), notes, files.back());
+  };
+  const auto write_or_remove = [&](const std::string& name,
+                                   const detail::NamedTensorList& list) {
+    if (list.empty()) {
+      stale.push_back(name);
+    } else {
+      write(name, list, {{"format", "pt"}});
+    }
+  };
+  write(format.weight_files().front(), tensors, metadata);
   const auto further = format.further_files();
   for (size_t i = 0; i < further.size(); ++i) {
-    const auto more = format.pack_further(state, i);
-    const auto path = fs::path(folder) / further[i].front();
-    if (more.empty()) {
-      fs::remove(path, error); // another adapter's, saved here before
-    } else {
-      save_safetensors(more, path.string(), {{"format", "pt"}});
-    }
+    write_or_remove(further[i].front(), format.pack_further(state, i));
   }
-  const auto side = fs::path(folder) / detail::kTrainingFile;
-  if (training.empty()) {
-    fs::remove(side, error); // another adapter's, saved here before
-  } else {
-    save_safetensors(training, side.string(), {{"format", "pt"}});
+  write_or_remove(detail::kTrainingFile, training);
+  files.emplace_back(path_of(detail::kConfigFile)).write(config.dump());
+  for (auto& file : files) {
+    file.commit();
   }
-  fs::remove(fs::path(folder) / detail::kOptimizerFile, error); // as above
-  config.write((fs::path(folder) / detail::kConfigFile).string());
+  for (const auto& name : stale) { // another adapter's, saved here before
+    fs::remove(path_of(name), error);
+  }
 }
 
 namespace detail {

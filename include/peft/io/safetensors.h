@@ -425,32 +425,27 @@ inline std::map<std::string, torch::Tensor> load_safetensors(
 
 using SafetensorsMetadata = std::map<std::string, std::string>;
 
-/// Writes a safetensors file, byte for byte as Python's
-/// `safetensors.torch.save_file` does. The file appears, or replaces an older
-/// one, only when it is complete; on an error an older file is untouched.
-///
-/// Tensors may be on any device and of any strides. Each is written whole:
-/// tensors that share memory are written once for every name, and a weight
-/// with an adapter is written as its base (`peft::effective` gives the other).
-/// Undefined, sparse, quantised and meta tensors, dtypes that the format lacks,
-/// and repeated names are errors.
-inline void save_safetensors(
+namespace detail {
+
+/// Writes all of save_safetensors(tensors, path, metadata) into `file`, which
+/// the caller commits.
+inline void write_safetensors(
     const std::vector<std::pair<std::string, torch::Tensor>>& tensors,
     const std::string& path,
-    const SafetensorsMetadata& metadata = {{"format", "pt"}}) {
-  using detail::StrictJsonBuilder;
-  detail::check_little_endian();
+    const SafetensorsMetadata& metadata,
+    AtomicFile& file) {
+  check_little_endian();
 
   struct Item {
     const std::string* name;
     const torch::Tensor* tensor;
-    const detail::SafetensorsDtype* dtype;
+    const SafetensorsDtype* dtype;
 
     uint64_t bytes() const {
       return static_cast<uint64_t>(tensor->numel()) * dtype->bits / 8;
     }
   };
-  const auto& dtypes = detail::safetensors_dtypes();
+  const auto& dtypes = safetensors_dtypes();
   std::vector<Item> items;
   std::set<std::string> names;
   for (const auto& [name, tensor] : tensors) {
@@ -473,7 +468,7 @@ inline void save_safetensors(
     const auto dtype = std::find_if(
         dtypes.begin(),
         dtypes.end(),
-        [type = tensor.scalar_type()](const detail::SafetensorsDtype& known) {
+        [type = tensor.scalar_type()](const SafetensorsDtype& known) {
           return known.scalar_type == type;
         });
     TORCH_CHECK(
@@ -528,17 +523,16 @@ inline void save_safetensors(
   header.resize((header.size() + 7) / 8 * 8, ' ');
   const uint64_t length = header.size();
   TORCH_CHECK(
-      length <= detail::kSafetensorsMaxHeader,
+      length <= kSafetensorsMaxHeader,
       "peft: cannot save \"",
       path,
       "\": the header takes ",
       length,
       " bytes, more than the allowed ",
-      detail::kSafetensorsMaxHeader);
+      kSafetensorsMaxHeader);
 
   // Small tensors are gathered: a call to the system for each costs more.
   constexpr size_t kGathered = size_t{1} << 18;
-  detail::AtomicFile file(path);
   file.write(&length, 8);
   std::string gathered = std::move(header);
   for (const auto& item : items) {
@@ -564,6 +558,25 @@ inline void save_safetensors(
     }
   }
   file.write(gathered);
+}
+
+} // namespace detail
+
+/// Writes a safetensors file, byte for byte as Python's
+/// `safetensors.torch.save_file` does. The file appears, or replaces an older
+/// one, only when it is complete; on an error an older file is untouched.
+///
+/// Tensors may be on any device and of any strides. Each is written whole:
+/// tensors that share memory are written once for every name, and a weight
+/// with an adapter is written as its base (`peft::effective` gives the other).
+/// Undefined, sparse, quantised and meta tensors, dtypes that the format lacks,
+/// and repeated names are errors.
+inline void save_safetensors(
+    const std::vector<std::pair<std::string, torch::Tensor>>& tensors,
+    const std::string& path,
+    const SafetensorsMetadata& metadata = {{"format", "pt"}}) {
+  detail::AtomicFile file(path);
+  detail::write_safetensors(tensors, path, metadata, file);
   file.commit();
 }
 

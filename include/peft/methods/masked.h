@@ -173,6 +173,13 @@ inline Plan masked(Plan inner) {
   int64_t count = 0;
   for (auto& site : inner.sites) {
     if (!site.delta->replaces_base()) {
+      const std::string obstacle = site.delta->mask_obstacle();
+      TORCH_CHECK(
+          obstacle.empty(),
+          "peft: what '",
+          site.name,
+          "' trains cannot be masked: ",
+          obstacle);
       auto mask = std::make_shared<MaskDecoration>();
       site.delta->decorate(mask);
       count += static_cast<int64_t>(mask->weights().size());

@@ -29,7 +29,7 @@ constexpr auto kAdaptedKey = c10::DispatchKey::PEFT_DISPATCH_KEY;
 /// Raised whenever Site, Delta or AdaptedMeta change their layout: two
 /// libraries of one process must agree on it.
 constexpr int64_t kAdaptedAbi =
-    4 * 1000 + static_cast<int64_t>(c10::DispatchKey::PEFT_DISPATCH_KEY);
+    5 * 1000 + static_cast<int64_t>(c10::DispatchKey::PEFT_DISPATCH_KEY);
 
 /// Internal linkage on purpose: every library that can make a tag must stay
 /// mapped, because tags and kernels outlive dlclose.

@@ -154,8 +154,9 @@ inline void fill_plan(
       if (found == tensors.end()) {
         continue;
       }
-      const auto misfit =
-          item.delta->from_file(item.name, found->second, dry_run);
+      const auto misfit = found->second.is_complex()
+          ? "complex numbers where real ones fit"
+          : item.delta->from_file(item.name, found->second, dry_run);
       if (!misfit.empty()) {
         misshaped.push_back(item.key + ": " + misfit);
       }

@@ -263,13 +263,11 @@ class LoraConverter {
   /// W' in float64, and W in `base`.
   Tensor changed_value(const Site& site, Tensor& base) const {
     base = base_of(tensor_of(site)).detach().to(at::kDouble);
-    Tensor value = base;
-    const auto own = entries_of(
-        site, [&](const AdapterState& adapter) { return &adapter == &from_; });
-    for (const auto& entry : own) {
-      value = entry.delta->effective(value, entry.scale);
-    }
-    return value;
+    return folded(
+        entries_of(
+            site,
+            [&](const AdapterState& adapter) { return &adapter == &from_; }),
+        base);
   }
 
   void take_value(TrainedCopy& copy, const Site& site) const {

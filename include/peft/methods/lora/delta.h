@@ -179,6 +179,9 @@ class LoraDelta final : public Delta {
   std::string merge_obstacle() const override {
     return obstacle_;
   }
+  std::string mask_obstacle() const override {
+    return offset_.mask_obstacle();
+  }
 
   bool has_linear() const override {
     return config_.layout != Layout::convolution;

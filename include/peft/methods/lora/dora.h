@@ -346,6 +346,10 @@ class DoraDelta final : public Delta {
     return result;
   }
 
+  std::string mask_obstacle() const override {
+    return offset_.mask_obstacle();
+  }
+
   std::string describe() const override {
     return "dora r=" + std::to_string(r());
   }

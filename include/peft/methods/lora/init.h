@@ -18,7 +18,7 @@
 // them draw what Python draws after the same seed; HF computes in float32, and
 // so does this, save for a base in float64.
 
-#include <peft/core/adapted_weight.h>
+#include <peft/core/merge.h>
 #include <peft/methods/lora/delta.h>
 #include <peft/methods/lora/options.h>
 
@@ -161,7 +161,9 @@ inline std::pair<Tensor, Tensor> matrix_init(
       "' lies as [in, out]. HF PEFT decomposes it without turning it, so that "
       "its file would mean another function here; take 'pissa'");
   torch::NoGradGuard no_grad;
-  const Tensor own = base(weight).detach();
+  const auto* tag = tag_of(weight);
+  const Tensor own = // without what another adapter merged
+      (tag == nullptr ? weight : unmerged_base(*tag->site, weight)).detach();
   const Tensor W = is_transposed ? own.t() : own;
   if (init == "orthogonal") {
     return orthogonal_init(scale.r, W.size(1), W.size(0), name);

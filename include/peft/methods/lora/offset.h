@@ -41,6 +41,13 @@ struct LoraOffset {
     return {at::cat({A1, A}), at::cat({B1, -B}, 1)};
   }
 
+  /// Why no entry of A and B may be held at zero, or "".
+  std::string mask_obstacle() const {
+    return A.defined() ? "it starts as a part of the weight (PiSSA, OLoRA), "
+                         "which zeros would take off; start it another way"
+                       : "";
+  }
+
   /// Why this cannot take `other`'s values in its own memory, or "".
   std::string misfit(const LoraOffset& other) const {
     const bool fits = static_cast<bool>(other) == static_cast<bool>(*this) &&
