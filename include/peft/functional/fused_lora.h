@@ -20,6 +20,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/types.h>
 
 #include <algorithm>
@@ -27,6 +28,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -336,7 +338,7 @@ struct LoraBackward : torch::autograd::Node {
       torch::autograd::variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = x_.unpack(), A = A_.unpack(), B = B_.unpack();
-    const Tensor t = t_.unpack(shared_from_this());
+    const Tensor t = t_.unpack(getptr());
     const Tensor weight =
         plain_weight.defined() ? plain_weight : weight_.unpack();
     const LoraWants wants{
@@ -392,6 +394,17 @@ struct LoraBackward : torch::autograd::Node {
   LoraCall call;
 };
 
+/// A node as LibTorch counts them: with std::shared_ptr, and in later versions
+/// within the node.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), [](auto* node) { deleteNode(node); });
+  }
+}
+
 /// The forward pass with its node in the graph.
 inline Tensor fused_lora(
     const Tensor& x,
@@ -400,8 +413,7 @@ inline Tensor fused_lora(
     const Tensor& B,
     LoraArgs args) {
   using torch::autograd::SavedVariable;
-  std::shared_ptr<LoraBackward> node(
-      new LoraBackward(), torch::autograd::deleteNode);
+  const auto node = make_node<LoraBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(
       x, weight, args.bias.value_or(Tensor()), A, B));
   LoraResult result;
