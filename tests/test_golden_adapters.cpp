@@ -866,11 +866,7 @@ TEST_CASE(
 
 TEST_CASE("Several adapters are written for HF PEFT to read", "[loading]") {
   const TemporaryDirectory own;
-  const char* wanted = std::getenv("PEFT_REVERSE_DIR");
-  const fs::path root = wanted != nullptr ? fs::path(wanted) : own.path();
-  if (wanted != nullptr) {
-    fs::remove_all(root);
-  }
+  const golden_case::ReverseFolder root;
   const Golden golden("mlp");
   const peft::Targets fc({"fc1", "fc2"});
   golden_case::write_for_peft(
