@@ -37,8 +37,8 @@ inline TensorMap group(const TensorMap& tensors, const std::string& name) {
 inline Tensor find(
     const torch::OrderedDict<std::string, Tensor>& parameters,
     std::string key) {
-  if (key.rfind(prefix, 0) == 0) {
-    key = key.substr(prefix.size());
+  for (const auto& front : {prefix, std::string("base_model.")}) {
+    key = key.rfind(front, 0) == 0 ? key.substr(front.size()) : key;
   }
   if (const auto* exact = parameters.find(key)) {
     return *exact;

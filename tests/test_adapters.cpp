@@ -45,6 +45,8 @@ std::vector<Method> methods() {
       {"DoRA", with(LoraOptions(3).dora(true).targets(layers))},
       {"AdaLoRA", with(AdaLoraOptions(10).init_r(3).targets(layers))},
       {"VeRA", with(VeraOptions(4).targets(layers))},
+      {"VB-LoRA",
+       with(VbLoraOptions(2).num_vectors(7).vector_length(2).targets(layers))},
       {"LoHa", with(LoHaOptions(2).alpha(4).targets(layers))},
       {"LoKr", with(LoKrOptions(2).targets(layers))},
       {"HRA", with(HraOptions(2).targets(layers))},

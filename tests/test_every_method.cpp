@@ -187,6 +187,12 @@ std::vector<Method> every_method() {
   add(method("DoRA from PiSSA", started("pissa").dora(true), all), true, false);
   add(method("AdaLoRA", peft::AdaLoraOptions(10).init_r(2), all), true, true);
   add(method("VeRA", peft::VeraOptions(3), all), true, true);
+  add(method(
+          "VB-LoRA",
+          peft::VbLoraOptions(2).num_vectors(9).vector_length(4),
+          all),
+      true,
+      false);
   add(method("LoHa", peft::LoHaOptions(2), all), true, true);
   add(method("LoKr", peft::LoKrOptions(2), all), true, true);
   add(method("HRA", peft::HraOptions(2), all), true, false);

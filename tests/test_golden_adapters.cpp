@@ -101,6 +101,15 @@ std::vector<Format> every_format() {
           VeraOptions(3).modules_to_save(head),
           {"r", "target_modules", "modules_to_save"}),
       format(
+          "VB-LoRA",
+          VbLoraOptions(3).num_vectors(9).vector_length(4).modules_to_save(
+              head),
+          {"r",
+           "num_vectors",
+           "vector_length",
+           "target_modules",
+           "modules_to_save"}),
+      format(
           "LoHa",
           LoHaOptions(2).modules_to_save(head),
           {"r", "target_modules", "modules_to_save"}),
@@ -266,6 +275,9 @@ std::string named(const std::string& key, const std::string& adapter) {
       "vera_lambda_d",
       "vera_A",
       "vera_B",
+      "vblora_logits_A",
+      "vblora_logits_B",
+      "vblora_vector_bank",
       "hra_u",
       "oft_R",
       "boft_R",

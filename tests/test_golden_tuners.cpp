@@ -48,6 +48,25 @@ TEST_CASE("tuners: initial values are HF PEFT's after the same seed") {
   }
 }
 
+TEST_CASE("tuners: what HF PEFT runs and does not train") {
+  for (const auto& name : folders("eval_", kSet)) {
+    DYNAMIC_SECTION(name) {
+      const Golden golden(name, kSet);
+      const auto network = golden.network();
+      const auto adapter = peft::load(*network.module, golden.adapter());
+      REQUIRE(near(golden.run(network), golden.expected.at("output"), 1e-6));
+      REQUIRE(
+          peft::vblora_savable_parameters(adapter) ==
+          golden.facts.at("savable").get<int64_t>());
+      network.module->train();
+      const auto error = error_of([&] { golden.evaluate(network); });
+      REQUIRE(contains(error, "cannot be trained"));
+      check_merges(golden);
+      check_saves_again(golden);
+    }
+  }
+}
+
 TEST_CASE("tuners: AdaLoRA takes the ranks away that HF PEFT takes") {
   const Golden golden("steps_ada_lora", kSet);
   auto network = golden.network();
@@ -135,6 +154,29 @@ TEST_CASE("tuners: adapters are written for HF PEFT to read") {
           projections));
   write("vera_gpt2", "dora_gpt2", VeraOptions(4).targets(Targets({"c_fc"})));
   write("vera_bias", "mlp", VeraOptions(4).bias("vera_only").targets(layers));
+  const auto bank = VbLoraOptions(2).num_vectors(7).vector_length(2);
+  write("vblora", "mlp", VbLoraOptions(bank).topk(3).targets(layers));
+  write("vblora_bias", "mlp", VbLoraOptions(bank).bias("all").targets(layers));
+  write(
+      "vblora_gpt2",
+      "dora_gpt2",
+      VbLoraOptions(3).num_vectors(5).vector_length(3).targets({"c_fc"}));
+  write(
+      "vblora_topk",
+      "mlp",
+      VbLoraOptions(bank)
+          .topk(3)
+          .save_only_topk_weights(true)
+          .modules_to_save({"head"})
+          .targets(layers));
+  write(
+      "vblora_topk_int16",
+      "bert",
+      VbLoraOptions(2)
+          .num_vectors(256)
+          .vector_length(8)
+          .save_only_topk_weights(true)
+          .targets(projections));
   write("loha", "mlp", LoHaOptions(2).alpha(4).targets(layers));
   write(
       "loha_conv2d",

@@ -267,6 +267,10 @@ TEST_CASE("Other methods swap where their shapes agree", "[hotswap]") {
       VeraOptions(4).targets(fc),
       VeraOptions(4).projection_prng_key(7).targets(fc),
       true);
+  const auto bank =
+      VbLoraOptions(2).num_vectors(7).vector_length(2).targets(fc);
+  check_swap(
+      "VB-LoRA", "mlp", bank, VbLoraOptions(bank).topk(3).dropout(0.1), true);
   check_swap(
       "FourierFT, other places",
       "mlp",

@@ -86,6 +86,8 @@ std::vector<Method> every_method() {
   add("DoRA", lora({"linear", "turned", "conv", "table"}).dora(true));
   add("AdaLoRA", peft::AdaLoraOptions(10).init_r(4).targets(matrices));
   add("VeRA", peft::VeraOptions(6).targets(matrices));
+  add("VB-LoRA",
+      peft::VbLoraOptions(3).num_vectors(9).vector_length(4).targets(matrices));
   add("LoHa",
       peft::LoHaOptions(3).rank_dropout(0.5).module_dropout(0.3).targets(most));
   add("LoHa with cores",

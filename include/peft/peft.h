@@ -40,6 +40,7 @@
 #include <peft/methods/krona.h>
 #include <peft/methods/intrinsic.h>
 #include <peft/methods/vera.h>
+#include <peft/methods/vblora.h>
 #include <peft/methods/loha.h>
 #include <peft/methods/lokr.h>
 #include <peft/methods/hra.h>

@@ -74,6 +74,8 @@ TUNERS = {
     "DoRA": ("Lora", dict(r=2, lora_alpha=4, use_dora=True)),
     "AdaLoRA": ("AdaLora", dict(init_r=2, target_r=1, lora_alpha=4, total_step=100, tinit=10, tfinal=20)),
     "VeRA": ("Vera", dict(r=3)),
+    # Logits so far apart that finite differences do not change which are the largest.
+    "VB-LoRA": ("VBLoRA", dict(r=2, num_vectors=5, vector_length=2, init_logits_std=0.5)),
     "LoHa": ("LoHa", dict(r=2, alpha=4)),
     "LoHa, use_effective_conv2d": ("LoHa", dict(r=2, alpha=4, use_effective_conv2d=True)),
     "LoKr": ("LoKr", dict(r=1, alpha=4)),

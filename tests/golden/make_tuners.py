@@ -36,6 +36,7 @@ FC = dict(target_modules=["fc1", "fc2"])
 CONV = dict(target_modules=["conv1", "conv2", "conv3"])
 HEAD = dict(modules_to_save=["head"])
 GROUPS = dict(target_modules=["conv"])
+BANK = dict(r=2, num_vectors=7, vector_length=2, topk=2)
 
 OFT_CONV = (
     "PEFT 0.21.2 rotates the patches of x and folds them back, which is no convolution with its "
@@ -115,6 +116,15 @@ CASES = [
     case("beft", "Beft", "mlp", dict(**FC, **HEAD)),
     case("fourier_ft_gpt2", "FourierFT", "gpt2_mlp", dict(
         n_frequency=30, scaling=10.0, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True)),
+    case("vblora", "VBLoRA", "mlp", dict(**BANK, **FC)),
+    case("vblora_bias", "VBLoRA", "mlp", dict(
+        r=3, num_vectors=9, vector_length=2, topk=3, bias="vblora_only", **FC, **HEAD)),
+    case("vblora_bert", "VBLoRA", "bert", dict(
+        r=2, num_vectors=5, vector_length=8, topk=4, target_modules=["query", "value"])),
+    case("vblora_gpt2", "VBLoRA", "gpt2_mlp", dict(
+        r=2, num_vectors=6, vector_length=3, target_modules=["c_fc"], fan_in_fan_out=True)),
+    case("vblora_bfloat16", "VBLoRA", "mlp", dict(**BANK, **FC), base_dtype=torch.bfloat16),
+    case("vblora_dropout", "VBLoRA", "mlp", dict(vblora_dropout=0.3, **BANK, **FC), train=True),
 ]
 
 
@@ -163,6 +173,25 @@ def vera_projections(config, shapes):
     )
     a = draw(config["r"], columns)
     return {"vera_A": a.double(), "vera_B": draw(rows, config["r"]).double()}
+
+
+def vblora(config, t, bank, matrix):
+    def pieces(name):
+        if name + "_topk_weights" in t:
+            given, places = t[name + "_topk_weights"], t[name + "_topk_indices"].long()
+            given = torch.cat([given, 1 - given.sum(-1, keepdim=True)], -1)
+            weights = torch.zeros(*places.shape[:2], len(bank), dtype=given.dtype)
+            weights = weights.scatter(-1, places, given)
+        else:
+            least = t[name].sort(-1, descending=True).values[..., config["topk"] - 1].unsqueeze(-1)
+            weights = t[name].exp() * (t[name] >= least)
+            weights = weights / weights.sum(-1, keepdim=True)
+        return torch.einsum("nmv,vl->nml", weights, bank)
+
+    a, b = pieces("vblora_logits_A"), pieces("vblora_logits_B")
+    a = torch.stack([torch.cat(list(row)) for row in a])  # [r, in]
+    b = torch.cat([piece.T for piece in b])  # [out, r]
+    return matrix + b @ a
 
 
 def cores(t, a, b):
@@ -279,11 +308,11 @@ def effective_parameters(network, base, config, adapter):
     result = dict(base)
     by_module, shared, plain = {}, {}, {}
     for key, tensor in adapter.items():
-        if key in ("base_model.vera_A", "base_model.vera_B"):
+        if key.startswith("base_model.v"):  # VeRA's matrices, VB-LoRA's bank: no layer's
             shared[key.removeprefix("base_model.")] = tensor
             continue
         name = key.removeprefix(PREFIX)
-        for word in ("vera_", "hada_", "lokr_", "hra_", "oft_", "boft_", "fourierft_",
+        for word in ("vera_", "vblora_", "hada_", "lokr_", "hra_", "oft_", "boft_", "fourierft_",
                      "lora_", "trainable_tokens_", "beft_"):
             at = name.find("." + word)
             if at >= 0:
@@ -309,6 +338,7 @@ def effective_parameters(network, base, config, adapter):
         embedding = isinstance(modules[module], nn.Embedding)
         new = {
             "Vera": lambda: vera_matrix(config, t, shared, weight),
+            "VBLoRA": lambda: vblora(config, t, shared["vblora_vector_bank"], weight),
             "LoHa": lambda: loha(config, t, module, weight),
             "LoKr": lambda: lokr(config, t, module, weight),
             "HRA": lambda: hra(config, t, weight),
@@ -333,6 +363,8 @@ INITIAL = [
     case("init_beft", "Beft", "mlp", dict(init_weights=False, **FC)),
     case("init_vera", "Vera", "mlp", dict(
         r=6, init_weights=False, save_projection=False, **FC)),
+    case("init_vblora", "VBLoRA", "mlp", dict(
+        r=2, num_vectors=7, vector_length=2, init_vector_bank_bound=0.5, init_logits_std=0.3, **FC)),
     case("init_loha", "LoHa", "mlp", dict(r=2, **FC)),
     case("init_loha_core", "LoHa", "conv2d", dict(r=2, use_effective_conv2d=True, **CONV)),
     case("init_lokr", "LoKr", "mlp", dict(r=2, **FC)),
@@ -363,6 +395,56 @@ def write_initial(one):
     facts = {"network": one.network, "seed": 0}
     (folder / "case.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{one.name:26s} {len(tensors)} tensors")
+
+
+# ---- What PEFT runs and does not train -------------------------------------------------------
+
+EVAL = [
+    case("eval_vblora_topk", "VBLoRA", "mlp", dict(save_only_topk_weights=True, **BANK, **FC, **HEAD)),
+    case("eval_vblora_topk_int16", "VBLoRA", "bert", dict(
+        r=2, num_vectors=256, vector_length=8, topk=3, save_only_topk_weights=True,
+        target_modules=["query", "value"])),
+    case("eval_vblora_topk_one", "VBLoRA", "gpt2_mlp", dict(
+        r=2, num_vectors=6, vector_length=3, topk=1, save_only_topk_weights=True,
+        target_modules=["c_fc"], fan_in_fan_out=True)),
+]
+
+
+def write_eval(one):
+    """The output and the merged weights of an adapter that PEFT refuses to train."""
+    folder = make_lora.DATA / one.name
+    shutil.rmtree(folder, ignore_errors=True)
+    make_lora.save_adapter(one, folder / "adapter")
+    inputs = make_lora.network_inputs(one)
+
+    def load():
+        return peft.PeftModel.from_pretrained(make_lora.base_network(one), folder / "adapter").eval()
+
+    model = load()
+    with torch.no_grad():
+        output = make_lora.networks.run(model, inputs)
+    names = make_lora.own_parameters(one)
+    merged = {k: v.clone() for k, v in load().merge_and_unload().state_dict().items() if k in names}
+    try:
+        make_lora.networks.run(model.train(), inputs)
+        raise AssertionError("PEFT trains it")
+    except RuntimeError as error:
+        assert "save_only_topk_weights" in str(error), error
+
+    config = make_lora.config_of(folder / "adapter")
+    adapter = {k: v.double() for k, v in make_lora.weights_of(folder / "adapter").items()}
+    exact = effective_parameters(
+        make_lora.base_network(one).double(), {k: v.double() for k, v in names.items()}, config, adapter)
+    distance = max(make_lora.distance(merged[k], exact[k]) for k in merged)
+    assert distance < 1e-6, (one.name, distance)
+    result = {f"input.{i}": t for i, t in enumerate(inputs)}
+    result.update({"output": output, **{"merged." + k: v for k, v in merged.items()}})
+    save_file(names, folder / "base.safetensors")
+    save_file({k: v.contiguous() for k, v in result.items()}, folder / "expected.safetensors")
+    savable, _ = model.base_model.get_nb_savable_parameters()
+    facts = {"network": one.network, "mode": "eval", "savable": savable}
+    (folder / "case.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"{one.name:26s} {savable} savable, farthest from float64: {distance:.1e}")
 
 
 # ---- AdaLoRA's ranks ------------------------------------------------------------------------
@@ -444,6 +526,11 @@ def main():
         if not wanted or one.name in wanted:
             current = one
             write_initial(one)
+            share_base(one)
+    for one in EVAL:
+        if not wanted or one.name in wanted:
+            current = one
+            write_eval(one)
             share_base(one)
     if not wanted or STEPS.name in wanted:
         current = STEPS

@@ -36,6 +36,7 @@
 #include <peft/io/formats/sparse.h>
 #include <peft/io/formats/trainable_tokens.h>
 #include <peft/io/formats/union.h>
+#include <peft/io/formats/vblora.h>
 #include <peft/io/formats/vera.h>
 #include <peft/io/plain_lora.h>
 #include <peft/io/pretrained/fill.h>
@@ -87,6 +88,7 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<BoftFormat>(),
       std::make_shared<FourierFtFormat>(),
       std::make_shared<VeraFormat>(),
+      std::make_shared<VbLoraFormat>(),
       std::make_shared<AdaLoraFormat>(),
       std::make_shared<TrainableTokensFormat>(),
       std::make_shared<BeftFormat>(),

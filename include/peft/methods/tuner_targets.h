@@ -175,6 +175,10 @@ struct TunerWeight {
   bool is_convolution() const {
     return layer.kind == LayerKind::convolution;
   }
+  /// Where a module has one weight, HF's keys name the module.
+  const std::string& name() const {
+    return path == layer.path("weight") ? layer.name : path;
+  }
 };
 
 /// What a tuner of HF's adapts.
@@ -296,10 +300,7 @@ std::vector<PlannedSite> plan_tuner(
   std::vector<const Layer*> adapted;
   for (const auto& w : tuner_weights(options, network, rules)) {
     adapted.push_back(&w.layer);
-    // Where a module has one weight, HF's keys name the module.
-    const bool main = w.path == w.layer.path("weight");
-    const std::string& name = main ? w.layer.name : w.path;
-    sites.push_back({name, w.path, name, w.weight, make(w)});
+    sites.push_back({w.name(), w.path, w.name(), w.weight, make(w)});
   }
   plan_biases(bias, network, adapted, options.modules_to_save(), sites);
   plan_modules_to_save(network, options.modules_to_save(), sites);

@@ -66,7 +66,7 @@ inline std::string without_adapter_name(
     const std::string& key,
     const std::set<std::string>& expected) {
   static const std::regex word(
-      "(lora|vera|hada|lokr|hra|oft|boft|fourierft|ia3|beft|shira|"
+      "(lora|vblora|vera|hada|lokr|hra|oft|boft|fourierft|ia3|beft|shira|"
       "ln_tuning|trainable_tokens)_\\w+");
   std::vector<std::string> parts;
   std::istringstream stream(key);
