@@ -59,7 +59,10 @@
 #include <peft/methods/widen.h>
 #include <peft/methods/prompt.h>
 #include <peft/methods/p_tuning.h>
+#include <peft/methods/multitask_prompt.h>
+#include <peft/methods/cpt.h>
 #include <peft/methods/prefix.h>
+#include <peft/methods/cartridge.h>
 #include <peft/methods/union.h>
 #include <peft/methods/decorated.h>
 #include <peft/methods/mam.h>

@@ -234,7 +234,8 @@ class TokensDelta : public CallDelta {
     return true;
   }
 
-  /// `[virtual tokens, hidden]`; undefined for one of keys and values.
+  /// `[virtual tokens, hidden]`, or `[batch, virtual tokens, hidden]` where
+  /// each row of the batch has its own; undefined for one of keys and values.
   virtual Tensor embeddings(double /*scale*/) const {
     return {};
   }
@@ -334,9 +335,8 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
         make_room(tokens, count, count, count);
         tokens.prepended += count;
         tokens.embeds = at::cat(
-            {rows.to(tokens.embeds.options())
-                 .unsqueeze(0)
-                 .expand({tokens.embeds.size(0), -1, -1}),
+            {for_each_row(
+                 rows.to(tokens.embeds.options()), tokens.embeds.size(0)),
              tokens.embeds},
             1);
         if (tokens.cache != nullptr) {
@@ -367,6 +367,21 @@ class ExtraTokensImpl : public torch::nn::Cloneable<ExtraTokensImpl>,
   ExtraTokensOptions options;
 
  private:
+  /// Embeddings for every row of a batch of that size.
+  static Tensor for_each_row(const Tensor& rows, int64_t batch) {
+    if (rows.dim() == 2) {
+      return rows.unsqueeze(0).expand({batch, -1, -1});
+    }
+    TORCH_CHECK(
+        rows.size(0) == batch,
+        "peft: the tokens in front are given for ",
+        rows.size(0),
+        " rows, and the batch has ",
+        batch,
+        "; name the task of every row (peft::BatchTasks), or one for all");
+    return rows;
+  }
+
   /// Lets the mask and the positions know of `count` tokens in front, of which
   /// `numbered` take a position and `embedded` are numbered here.
   static void make_room(

@@ -16,7 +16,9 @@
 #include <peft/io/formats/beft.h>
 #include <peft/io/formats/bitfit.h>
 #include <peft/io/formats/bottleneck.h>
+#include <peft/io/formats/cartridge.h>
 #include <peft/io/formats/coda.h>
+#include <peft/io/formats/cpt.h>
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/fourier_ft.h>
 #include <peft/io/formats/ia3.h>
@@ -29,6 +31,7 @@
 #include <peft/io/formats/lycoris.h>
 #include <peft/io/formats/masked.h>
 #include <peft/io/formats/masked_adapter.h>
+#include <peft/io/formats/multitask_prompt.h>
 #include <peft/io/formats/orthogonal.h>
 #include <peft/io/formats/prompt.h>
 #include <peft/io/formats/s3_delta.h>
@@ -102,6 +105,9 @@ inline const std::vector<std::shared_ptr<const AdapterFormat>>& formats() {
       std::make_shared<PromptFormat>(),
       std::make_shared<PTuningFormat>(),
       std::make_shared<PrefixFormat>(),
+      std::make_shared<MultitaskPromptFormat>(),
+      std::make_shared<CptFormat>(),
+      std::make_shared<CartridgeFormat>(),
       std::make_shared<CodaFormat>(),
       std::make_shared<LadderFormat>(),
       std::make_shared<SparseFormat>(),

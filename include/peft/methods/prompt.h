@@ -70,7 +70,13 @@ class PromptTable : public TokensDelta {
   PromptTable(int64_t num_virtual_tokens, ExtraTokensOptions stack)
       : num_virtual_tokens_(num_virtual_tokens), stack_(std::move(stack)) {}
 
+  /// As a file has it.
   virtual Tensor table() const = 0;
+  /// As this call sees it; `[batch, tokens * stacks, hidden]` where each row of
+  /// the batch has its own.
+  virtual Tensor tokens() const {
+    return table();
+  }
 
   /// The first stack.
   const ExtraTokensOptions& stack() const {
@@ -80,7 +86,7 @@ class PromptTable : public TokensDelta {
   /// The rows of one stack.
   Tensor part(int64_t stack, double scale) const {
     const Tensor rows =
-        table().narrow(0, stack * num_virtual_tokens_, num_virtual_tokens_);
+        tokens().narrow(-2, stack * num_virtual_tokens_, num_virtual_tokens_);
     return scale == 1.0 ? rows : rows * scale;
   }
 

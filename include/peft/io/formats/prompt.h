@@ -210,7 +210,82 @@ class PTuningFormat final : public VirtualTokensFormat {
   }
 };
 
-class PrefixFormat final : public VirtualTokensFormat {
+/// What prefixes and cartridges have in common.
+class KeyValueFormat : public VirtualTokensFormat {
+ protected:
+  /// Which stacks, or HF's way of dealing the rows out.
+  template <class Options>
+  static void read_layout(const AdapterConfig& config, Options& o) {
+    if (config.has("stacks")) {
+      o.stacks(config.get<std::vector<std::string>>("stacks"));
+    } else {
+      o.hf_layer_order(submodules(config) == 2);
+    }
+  }
+
+  /// Whether the config's numbers are the stacks'.
+  static void check_layout(const AdapterConfig& config, const Plan& plan) {
+    for (const auto& site : plan.sites) {
+      const auto* table = dynamic_cast<const KeyValueTable*>(site.delta.get());
+      if (table == nullptr) {
+        continue;
+      }
+      const auto check = [&](const char* field, int64_t own) {
+        const auto wanted = config.get<int64_t>(field, own);
+        TORCH_CHECK(
+            wanted == own,
+            "peft: ",
+            field,
+            " is ",
+            wanted,
+            " in ",
+            kConfigFile,
+            ", and '",
+            site.name,
+            "' has ",
+            own,
+            " (heads are those of keys and values)");
+      };
+      if (!config.has("stacks")) { // several may differ
+        check("num_layers", table->stack().num_layers());
+      }
+      check("num_attention_heads", table->stack().num_heads());
+    }
+  }
+
+  /// The numbers of the stack; its keys' width.
+  template <class Options>
+  static int64_t write_layout(
+      const AdapterState& adapter,
+      const Options& o,
+      AdapterConfig& config) {
+    write_common(o, config);
+    std::vector<std::string> stacks; // those that HF PEFT would not run
+    int64_t width = 0;
+    for (const auto& site : adapter.sites) {
+      const auto* table = dynamic_cast<const KeyValueTable*>(site.delta.get());
+      if (table == nullptr) {
+        continue;
+      }
+      width = table->width();
+      config.set("num_layers", table->stack().num_layers());
+      config.set("num_attention_heads", table->stack().num_heads());
+      config.set("token_dim", width);
+      if (!site.file_prefix.empty()) {
+        stacks.push_back(table->stack().stack());
+      }
+    }
+    config.set(
+        "num_transformer_submodules",
+        int64_t{o.hf_layer_order() || !stacks.empty() ? 2 : 1});
+    if (!stacks.empty()) {
+      config.set("stacks", stacks);
+    }
+    return width;
+  }
+};
+
+class PrefixFormat final : public KeyValueFormat {
  public:
   std::string type() const override {
     return "PREFIX_TUNING";
@@ -220,6 +295,7 @@ class PrefixFormat final : public VirtualTokensFormat {
       const override {
     PrefixOptions o(virtual_tokens(config));
     read_common(config, network, o);
+    read_layout(config, o);
     o.prefix_projection(config.get<bool>("prefix_projection", false));
     if (config.has("encoder_hidden_size")) {
       o.encoder_hidden_size(config.get<int64_t>("encoder_hidden_size"));
@@ -228,37 +304,8 @@ class PrefixFormat final : public VirtualTokensFormat {
     o.dropout(config.get<double>("dropout", 0));
     o.leave_out(config.get<std::vector<int64_t>>("leave_out", {}));
     o.takes_positions(config.get<bool>("takes_positions", true));
-    if (config.has("stacks")) {
-      o.stacks(config.get<std::vector<std::string>>("stacks"));
-    } else {
-      o.hf_layer_order(submodules(config) == 2);
-    }
     Plan result = detail::plan(o, network, has_encoder(config));
-    for (const auto& site : result.sites) {
-      const auto* prefix = dynamic_cast<const PrefixDelta*>(site.delta.get());
-      if (prefix != nullptr) {
-        const auto check = [&](const char* field, int64_t own) {
-          const auto wanted = config.get<int64_t>(field, own);
-          TORCH_CHECK(
-              wanted == own,
-              "peft: ",
-              field,
-              " is ",
-              wanted,
-              " in ",
-              kConfigFile,
-              ", and '",
-              site.name,
-              "' has ",
-              own,
-              " (heads are those of keys and values)");
-        };
-        if (!config.has("stacks")) { // several may differ
-          check("num_layers", prefix->stack().num_layers());
-        }
-        check("num_attention_heads", prefix->stack().num_heads());
-      }
-    }
+    check_layout(config, result);
     return result;
   }
 
@@ -274,7 +321,8 @@ class PrefixFormat final : public VirtualTokensFormat {
   void write(const AdapterState& adapter, AdapterConfig& config)
       const override {
     const auto& o = std::any_cast<const PrefixOptions&>(adapter.options);
-    write_common(o, config);
+    const int64_t width = write_layout(adapter, o, config);
+    config.set("encoder_hidden_size", o.encoder_hidden_size().value_or(width));
     config.set("prefix_projection", o.prefix_projection());
     if (o.init() == "zero") {
       config.set("init_weights", o.init());
@@ -287,29 +335,6 @@ class PrefixFormat final : public VirtualTokensFormat {
     }
     if (!o.takes_positions().value_or(true)) {
       config.set("takes_positions", false);
-    }
-    std::vector<std::string> stacks; // those that HF PEFT would not run
-    for (const auto& site : adapter.sites) {
-      const auto* prefix = dynamic_cast<const PrefixDelta*>(site.delta.get());
-      if (prefix == nullptr) {
-        continue;
-      }
-      const auto& stack = prefix->stack();
-      const int64_t width = stack.num_heads() * stack.head_dim();
-      config.set("num_layers", stack.num_layers());
-      config.set("num_attention_heads", stack.num_heads());
-      config.set("token_dim", width);
-      config.set(
-          "encoder_hidden_size", o.encoder_hidden_size().value_or(width));
-      if (!site.file_prefix.empty()) {
-        stacks.push_back(stack.stack());
-      }
-    }
-    config.set(
-        "num_transformer_submodules",
-        int64_t{o.hf_layer_order() || !stacks.empty() ? 2 : 1});
-    if (!stacks.empty()) {
-      config.set("stacks", stacks);
     }
   }
 };

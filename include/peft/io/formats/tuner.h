@@ -5,6 +5,7 @@
 // have formats of their own.
 
 #include <peft/io/formats/format.h>
+#include <peft/methods/any_options.h>
 
 #include <any>
 #include <map>
@@ -134,7 +135,7 @@ class TunerFormat : public AdapterFormat {
       const Options& o,
       const AdapterConfig& /*config*/,
       const Network& network) const {
-    return detail::plan(o, network);
+    return plan_of(o, network); // of a method that is declared later
   }
   /// What the config tells of the trained tensors.
   virtual void write_state(
