@@ -3,6 +3,7 @@
 
 #include "test.h"
 
+#include "accounting.h"
 #include "gradcheck.h"
 #include "model_state.h"
 #include "networks.h"
@@ -180,6 +181,65 @@ TEST_CASE("a stack is read in every way there is") {
         close(read(w), read(by_hand(peft::base(w).detach(), A, B, 1, false))));
     adapter.disable();
     CHECK(equal_bits(read(w), read(peft::base(w).detach())));
+  }
+}
+
+TEST_CASE("in training a matrix of a stack is made alone") {
+  using Read = std::function<Tensor(const Tensor&, int64_t)>;
+  const std::vector<std::pair<std::string, Read>> ways{
+      {"select", [](const Tensor& w, int64_t e) { return w.select(0, e); }},
+      {"from the end", [](const Tensor& w, int64_t e) { return w[e - 6]; }},
+      {"unbind", [](const Tensor& w, int64_t e) { return w.unbind()[e]; }},
+      {"views of it",
+       [](const Tensor& w, int64_t e) {
+         return w[e].t().slice(0, 1, 7).t().slice(1, 0, 4);
+       }},
+      {"a slice first", // which is made whole
+       [](const Tensor& w, int64_t e) { return w.slice(0, e).select(0, 0); }}};
+  for (const bool transposed : {false, true}) {
+    for (const auto& way : ways) {
+      INFO(way.first << ", transposed " << transposed);
+      seed(4);
+      auto module = std::make_shared<torch::nn::Module>();
+      Tensor stack = module->register_parameter(
+          "stack", torch::randn({6, 16, 9}, torch::kDouble));
+      std::vector<peft::Adapter> both;
+      for (const std::string own : {"a", "b"}) {
+        both.push_back(peft::attach(
+            *module,
+            LoraOptions(2)
+                .target_parameters(Targets({"stack"}))
+                .parameters_transposed(transposed),
+            own));
+        randomise(both.back());
+      }
+      both.back().set_scale(-0.5);
+      const auto gradients = [&](const Tensor& loss) {
+        std::vector<Tensor> all;
+        for (const auto& adapter : both) {
+          const auto own = adapter.parameters();
+          all.insert(all.end(), own.begin(), own.end());
+        }
+        return torch::autograd::grad({loss}, all);
+      };
+      const auto loss = [&](const Tensor& w) {
+        Tensor sum = torch::zeros({}, torch::kDouble);
+        for (const int64_t e : {1, 4, 1}) {
+          sum = sum + way.second(w, e).square().sum() * static_cast<double>(e);
+        }
+        return sum;
+      };
+      const auto want = loss(peft::effective(stack));
+      const accounting::Memory memory;
+      const auto got = loss(stack);
+      const auto whole = memory.of_at_least(stack.numel() * 8);
+      CHECK(whole.empty() == (way.first != "a slice first"));
+      CHECK(close(got, want, 1e-13, 0));
+      const auto a = gradients(got), b = gradients(want);
+      for (size_t i = 0; i < a.size(); ++i) {
+        CHECK(close(a[i], b[i], 1e-12, 1e-12));
+      }
+    }
   }
 }
 

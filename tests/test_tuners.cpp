@@ -1,6 +1,7 @@
 // The weight deltas of HF PEFT beside LoRA: what test_golden_tuners and
 // test_every_method do not see.
 
+#include "accounting.h"
 #include "gradcheck.h"
 #include "test.h"
 
@@ -298,6 +299,16 @@ TEST_CASE("BEFT on a layer without a bias runs and does not merge", "[tuner]") {
       torch::linear(x, peft::base(layer->weight)) + adapter.parameters()[0];
   CHECK(close(layer->forward(x), expected, 1e-6, 1e-6));
   CHECK(contains(error_of([&] { adapter.merge(); }), "no bias"));
+}
+
+TEST_CASE("VeRA: a merge leaves no wide projections behind") {
+  torch::nn::Linear linear(64, 48);
+  auto adapter =
+      peft::attach(*linear, peft::VeraOptions(16).targets(peft::Targets({""})));
+  const accounting::Memory memory;
+  adapter.merge();
+  adapter.unmerge();
+  CHECK(memory.held() == 0);
 }
 
 TEST_CASE(

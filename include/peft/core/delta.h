@@ -81,6 +81,19 @@ class Delta : public torch::nn::Module {
   /// dtype as the W handed in (the wider of the base's and the adapter's).
   virtual Tensor effective(const Tensor& weight, double scale) const = 0;
 
+  /// Whether matrix `index` of a stack [n, rows, columns] depends on that
+  /// matrix alone; effective_matrix() then makes it of `weight`, that of the
+  /// base.
+  virtual bool has_matrices() const {
+    return false;
+  }
+  virtual Tensor effective_matrix(
+      const Tensor& weight,
+      int64_t /*index*/,
+      double /*scale*/) const {
+    return weight;
+  }
+
   /// The dtype that `effective` computes in; the base's when it has no say.
   virtual std::optional<at::ScalarType> dtype() const {
     return std::nullopt;

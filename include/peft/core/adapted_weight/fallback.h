@@ -133,6 +133,23 @@ inline Tensor strided_elements(
   return picked.to(parent.device());
 }
 
+/// Which matrix of the stack `parent` this `view` of it is, if it is one.
+inline std::optional<int64_t> matrix_in_stack(
+    const Tensor& parent,
+    const Tensor& view) {
+  if (parent.dim() != 3 || view.dim() != 2 || parent.numel() == 0 ||
+      view.scalar_type() != parent.scalar_type()) {
+    return std::nullopt;
+  }
+  const int64_t offset = view.storage_offset() - parent.storage_offset();
+  const int64_t step = parent.stride(0);
+  const int64_t index = step > 0 ? offset / step : 0;
+  const bool is_one = offset >= 0 && index < parent.size(0) &&
+      offset == index * step && view.sizes() == parent.sizes().slice(1) &&
+      view.strides() == parent.strides().slice(1);
+  return is_one ? std::make_optional(index) : std::nullopt;
+}
+
 /// A view operator on one tagged tensor: the result is a real view of the base
 /// that carries the tag, so writes reach the base and nothing is built until
 /// the value is needed. Returns false where the operator copied.
@@ -187,6 +204,15 @@ inline bool lazy_view(
     auto tag = same_tag(meta);
     classify_view(parent, output, *tag);
     tag->root = root;
+    if (!chain) {
+      tag->stack_index = matrix_in_stack(parent, output);
+      if (tag->stack_index) { // which is made alone, and viewed from there
+        tag->view = [](const Tensor& e) { return e; };
+        remove_tag(output);
+        set_tag(output, std::move(tag));
+        return output;
+      }
+    }
     tag->view = [replay, chain, stored_transposed, picked, index, element](
                     const Tensor& e) {
       const Tensor before = chain ? chain(e) : stored_transposed ? e.t() : e;

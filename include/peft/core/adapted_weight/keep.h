@@ -21,6 +21,7 @@ inline c10::intrusive_ptr<AdaptedMeta> same_tag(const AdaptedMeta& meta) {
   copy->rows = meta.rows;
   copy->unmerged = meta.unmerged;
   copy->root = meta.root;
+  copy->stack_index = meta.stack_index;
   copy->view = meta.view;
   return copy;
 }

@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #ifndef PEFT_DISPATCH_KEY
@@ -52,9 +53,10 @@ struct AdaptedMeta : c10::BackendMeta {
   /// A copy by to() of the base as it was before it held merged adapters, for
   /// others act on it too.
   bool unmerged = false;
-  /// A view: value = view(value of root). `root` is the untagged base, so that
-  /// no tag refers to its own tensor.
+  /// A view: value = view(value of root), or of one matrix of a stack. `root`
+  /// is the untagged base, so that no tag refers to its own tensor.
   Tensor root;
+  std::optional<int64_t> stack_index;
   std::function<Tensor(const Tensor&)> view;
 
   /// Only the adapted tensor itself holds a token, not its shallow copies

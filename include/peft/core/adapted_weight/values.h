@@ -10,6 +10,7 @@
 #include <torch/csrc/jit/python/update_graph_executor_opt.h>
 #include <torch/csrc/jit/runtime/interpreter.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -74,6 +75,25 @@ inline Recipe recipe_of(const Tensor& weight, const ActiveEntries& active) {
   return recipe;
 }
 
+/// `weight` after all of `active`, each by `step`, in the widest of the dtypes
+/// on the way.
+template <class Step>
+Tensor
+changed_by(const ActiveEntries& active, const Tensor& weight, Step&& step) {
+  auto dtype = weight.scalar_type();
+  for (const auto& entry : active) {
+    if (auto d = entry.delta->dtype()) {
+      dtype = c10::promoteTypes(dtype, *d);
+    }
+  }
+  Tensor value = weight.to(dtype);
+  for (const auto& entry : active) {
+    value = step(*entry.delta, value, entry.scale);
+  }
+  refuse_optimised_torchscript(value);
+  return value.to(weight.scalar_type());
+}
+
 /// The weight that `site` makes of the plain tensor `weight`, which has the
 /// orientation it had at attach. Without gradients the caller `may_keep` it for
 /// the next call, if it hands out nothing that shares its memory.
@@ -103,22 +123,36 @@ apply_deltas(const Site& site, const Tensor& weight, bool may_keep = false) {
       return kept;
     }
   }
-  auto dtype = weight.scalar_type();
-  for (const auto& entry : active) {
-    if (auto d = entry.delta->dtype()) {
-      dtype = c10::promoteTypes(dtype, *d);
-    }
-  }
-  Tensor value = weight.to(dtype);
-  for (const auto& entry : active) {
-    value = entry.delta->effective(value, entry.scale);
-  }
-  refuse_optimised_torchscript(value);
-  value = value.to(weight.scalar_type());
+  const Tensor value = changed_by(
+      active, weight, [](const Delta& delta, const Tensor& w, double scale) {
+        return delta.effective(w, scale);
+      });
   if (may_keep && !training) {
     site.kept.offer(std::move(recipe), value);
   }
   return value;
+}
+
+/// One matrix of the stack that `site` makes of `stack`. In training it is made
+/// alone where it can be: a loop over experts reads each of them once.
+inline Tensor
+matrix_of(const Site& site, const Tensor& stack, int64_t index, bool may_keep) {
+  const ActiveEntries active = site.active(stack);
+  const bool alone = at::GradMode::is_enabled() && !active.empty() &&
+      stack.sizes() == at::IntArrayRef(site.sizes) &&
+      std::all_of(active.begin(), active.end(), [](const ActiveEntry& entry) {
+                       return entry.delta->has_matrices();
+                     });
+  if (!alone) {
+    return apply_deltas(site, stack, may_keep).select(0, index);
+  }
+  site.kept.drop();
+  return changed_by(
+      active,
+      stack.select(0, index),
+      [index](const Delta& delta, const Tensor& w, double scale) {
+        return delta.effective_matrix(w, index, scale);
+      });
 }
 
 /// The value of a tagged tensor, as a plain one. Call it with the key excluded.
@@ -127,7 +161,10 @@ value_of(const Tensor& t, const AdaptedMeta& meta, bool may_keep = false) {
   const std::shared_ptr<Site> site = meta.site;
   Tensor value;
   if (meta.view) {
-    value = meta.view(apply_deltas(*site, meta.root, may_keep));
+    value = meta.view(
+        meta.stack_index
+            ? matrix_of(*site, meta.root, *meta.stack_index, may_keep)
+            : apply_deltas(*site, meta.root, may_keep));
   } else if (meta.transposed) {
     value = apply_deltas(*site, base_of(t).t(), may_keep).t();
   } else {

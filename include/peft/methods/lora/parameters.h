@@ -56,6 +56,21 @@ class LoraExpertsDelta final : public FormulaDelta<LoraExpertsDelta> {
         1.0,
         scale * config_.scaling);
   }
+  bool has_matrices() const override {
+    return true;
+  }
+  Tensor effective_matrix(const Tensor& weight, int64_t index, double scale)
+      const override {
+    const auto [left, right] = factors();
+    const auto dtype = weight.scalar_type();
+    return at::addmm(
+        weight,
+        times_factor(left.select(0, index).to(dtype), number_factor()),
+        right.select(0, index).to(dtype),
+        1.0,
+        scale * config_.scaling);
+  }
+
   bool fold_into(const Tensor& weight, double scale, bool dry_run)
       const override {
     torch::NoGradGuard no_grad;
