@@ -397,6 +397,30 @@ TEST_CASE("train, eval and to reach the adapter") {
   }
 }
 
+TEST_CASE("a move to where the model is already changes nothing") {
+  seed();
+  nn::Sequential model = two_layers();
+  auto adapter = peft::attach(*model, acting());
+  model->eval();
+  const Tensor x = torch::randn({4, 6});
+  const Tensor y = model->forward(x);
+  for (int i = 0; i < 2; ++i) {
+    model->to(torch::kFloat);
+    model->to(torch::kCPU);
+    weight_of(model, 0).set_data(weight_of(model, 0));
+    CHECK(equal_bits(model->forward(x), y));
+    CHECK(adapter.sites().size() == 2);
+    adapter.merge();
+    model->to(torch::kFloat);
+    CHECK(close(model->forward(x), y));
+    adapter.unmerge();
+    CHECK(equal_bits(model->forward(x), y));
+  }
+  adapter.detach();
+  CHECK_FALSE(peft::is_adapted(weight_of(model, 0)));
+  CHECK_FALSE(torch::equal(model->forward(x), y));
+}
+
 TEST_CASE("requires_grad is as it was once the last adapter goes") {
   Mlp model;
   model.fc2->weight.set_requires_grad(false); // by the user

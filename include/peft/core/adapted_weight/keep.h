@@ -167,7 +167,8 @@ inline bool has_compatible_shallow_copy_type_kernel(
   auto* theirs = tag_of(from);
   NoTagGuard guard(kAdaptedKey);
   const bool compatible = at::_has_compatible_shallow_copy_type(self, from);
-  if (compatible && meta != nullptr && !self.is_same(from)) {
+  if (compatible &&
+      meta != nullptr) { // `from` may be `self`: to() of no change
     if (theirs != nullptr && theirs->unmerged && theirs->site == meta->site) {
       // Module::to: the base goes on holding them.
       const at::NoGradGuard no_grad;
