@@ -328,7 +328,10 @@ TEST_CASE(
   }
   const Tensor before = net->forward(x).detach();
   loaded.detach();
-  loaded = peft::load(*net, again, "again");
+  {
+    const c10::InferenceMode inference;
+    loaded = peft::load(*net, again, "again");
+  }
   CHECK(equal_bits(net->forward(x), before));
 
   // Training is refused where it would begin.
@@ -413,6 +416,27 @@ TEST_CASE("Logits that were cut off are no start for training", "[vblora]") {
   CHECK(equal_bits(net->forward(x), y));
   net->train();
   CHECK(contains(error_of([&] { net->forward(x); }), "cannot be trained"));
+}
+
+TEST_CASE("A structure keeps VB-LoRA's bank, or is refused", "[vblora]") {
+  seed(1);
+  Net net;
+  const std::vector<peft::AnyOptions> candidates{options()};
+  const auto all =
+      peft::candidates(*net, peft::S3DeltaOptions(1000).candidates(candidates));
+  REQUIRE(all.size() == 2);
+  const auto structure = [&](std::vector<std::string> names) {
+    return peft::S3DeltaStructure()
+        .candidates(candidates)
+        .modules(std::move(names));
+  };
+  auto adapter = peft::attach(*net, structure({all[0].name}));
+  CHECK(adapter.named_parameters().size() == 3);
+  adapter.detach();
+  CHECK(contains(
+      error_of([&] { peft::attach(*net, structure({all[1].name})); }),
+      "shares with its whole method"));
+  CHECK(peft::adapters(*net).empty());
 }
 
 TEST_CASE("Files of VB-LoRA that do not fit are refused", "[vblora]") {

@@ -234,6 +234,22 @@ inline Plan keep_modules(Plan whole, const std::vector<std::string>& names) {
         name,
         "', which its candidates do not have on this network");
   }
+  for (const auto& site : kept) { // what it shares must be there
+    site.delta->relink([&](const Delta* other) {
+      const auto owner =
+          std::find_if(kept.begin(), kept.end(), [&](const auto& each) {
+            return each.delta.get() == other;
+          });
+      TORCH_CHECK_VALUE(
+          owner != kept.end(),
+          "peft: the structure leaves out the module that has what '",
+          site.name,
+          "' (",
+          site.delta->describe(),
+          ") shares with its whole method; keep the first of them too");
+      return owner->delta;
+    });
+  }
   whole.sites = std::move(kept);
   auto& parts = std::any_cast<UnionParts&>(whole.options).parts;
   parts.erase(

@@ -19,6 +19,8 @@
 #include <peft/functional/lora.h>
 #include <peft/methods/tuner_targets.h>
 
+#include <c10/core/InferenceMode.h>
+
 #include <any>
 #include <cmath>
 #include <functional>
@@ -204,6 +206,7 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
   /// null: this one has it.
   std::shared_ptr<VbLoraDelta> topk_only(
       std::shared_ptr<const VbLoraDelta> first) const {
+    const c10::InferenceMode off(false);
     const torch::NoGradGuard no_grad;
     Config config = config_;
     config.first = std::move(first);
