@@ -231,7 +231,23 @@ std::vector<Method> every_method() {
       true);
   add(method("prompt", peft::PromptOptions(3), all), false, false);
   add(method("P-tuning", peft::PTuningOptions(3), all), false, false);
+  add(method(
+          "multitask prompt",
+          peft::MultitaskPromptOptions(3).num_ranks(2),
+          all),
+      false,
+      false);
+  add(method(
+          "CPT",
+          peft::CptOptions({4, 9, 7})
+              .cpt_tokens_type_mask({1, 2, 3})
+              .opt_projection_epsilon(50)
+              .opt_projection_format_epsilon(50),
+          {gpt2, llama}),
+      false,
+      false);
   add(method("prefix", peft::PrefixOptions(3), all), false, false);
+  add(method("cartridge", peft::CartridgeOptions(4), all), false, false);
   add(method(
           "prefix by MLP",
           peft::PrefixOptions(3).prefix_projection(true).encoder_hidden_size(5),
