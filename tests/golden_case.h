@@ -441,6 +441,8 @@ void write_for_peft(
   for (const auto& item : peft::load_safetensors(
            (folder / "adapter/adapter_model.safetensors").string())) {
     const bool is_frozen = item.first.rfind("base_model.vera_", 0) == 0 ||
+        item.first.find("sampler.gaussian_var") != std::string::npos ||
+        item.first.find("sampler.expert_weights") + 22 == item.first.size() ||
         !item.second.is_floating_point(); // places
     trainable += is_frozen ? 0 : item.second.numel();
     is_cut = is_cut || item.first.find("_topk_weights") != std::string::npos;

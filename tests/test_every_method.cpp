@@ -185,6 +185,19 @@ std::vector<Method> every_method() {
   add(method("OLoRA", started("olora"), {bert, llama, t5}), true, true);
   add(method("orthogonal LoRA", started("orthogonal"), all), true, false);
   add(method("DoRA from PiSSA", started("pissa").dora(true), all), true, false);
+  const auto lora = [] { return peft::LoraOptions(2).alpha(4); };
+  add(method("KaSA", lora().kasa(peft::KasaOptions()), {bert, llama, t5}),
+      true,
+      false);
+  add(method(
+          "BD-LoRA",
+          lora().bd_lora(peft::BdLoraOptions()
+                             .target_modules_bd_a({"q"})
+                             .target_modules_bd_b({"v"})
+                             .nblocks(2)),
+          {bert, llama, t5}),
+      true,
+      true);
   add(method("AdaLoRA", peft::AdaLoraOptions(10).init_r(2), all), true, true);
   add(method("VeRA", peft::VeraOptions(3), all), true, true);
   add(method(

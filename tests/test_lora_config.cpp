@@ -126,11 +126,8 @@ std::vector<std::pair<std::string, std::function<void()>>> fields() {
   const std::vector<std::pair<std::string, std::vector<json>>> refused{
       {"alora_invocation_tokens", {json::array({1, 2})}},
       {"arrow_config", {json::object(), json({{"top_k", 1}})}},
-      {"kasa_config", {json::object(), json({{"beta", 0.1}})}},
       {"layer_replication", {json::array({json::array({0, 2})})}},
       {"megatron_config", {json({{"tensor_model_parallel_size", 2}})}},
-      {"monteclora_config", {json::object()}},
-      {"use_bdlora", {json::object(), json({{"nblocks", 2}})}},
       {"use_qalora", {true}},
       {"velora_config", {json::object(), json({{"num_groups", 4}})}},
   };
@@ -156,6 +153,60 @@ std::vector<std::pair<std::string, std::function<void()>>> fields() {
   const auto add = [&](const std::string& field, std::function<void()> check) {
     rows.emplace_back(field, std::move(check));
   };
+  add("kasa_config", [] {
+    const auto plain = load("mlp", {{"r", 4}, {"kasa_config", json::object()}});
+    CHECK(plain.options().kasa()->beta() == 1e-4);
+    CHECK(plain.options().kasa()->gamma() == 1e-3);
+    CHECK(plain.adapter.named_parameters().contains("fc1.lora_diag"));
+    const json section = {{"beta", 0.5}, {"future", "kept"}};
+    const auto loaded = load("mlp", {{"r", 4}, {"kasa_config", section}});
+    CHECK(loaded.options().kasa()->beta() == 0.5);
+    CHECK(
+        loaded.again.at("kasa_config") ==
+        json({{"beta", 0.5}, {"future", "kept"}, {"gamma", 1e-3}}));
+    CHECK(contains(
+        error_for("mlp", {{"kasa_config", true}}),
+        "\"kasa_config\" in adapter_config.json must be null or an object"));
+    CHECK(contains(
+        error_for("mlp", {{"r", 4}, {"kasa_config", {{"gamma", -1}}}}),
+        "must not be negative"));
+  });
+  add("use_bdlora", [] {
+    const json section = {
+        {"match_strict", true},
+        {"nblocks", 2},
+        {"target_modules_bd_a", {"fc1"}},
+        {"target_modules_bd_b", nullptr}};
+    const auto loaded = load("mlp", {{"r", 4}, {"use_bdlora", section}});
+    CHECK(loaded.shape_of_A("fc1") == torch::IntArrayRef({4, 5}));
+    CHECK(loaded.again.at("use_bdlora") == section);
+    CHECK(contains(
+        error_for("mlp", {{"use_bdlora", json::object()}}),
+        "names the target 'fc1'"));
+  });
+  add("monteclora_config", [] {
+    const auto plain = load("mlp", {{"monteclora_config", json::object()}});
+    const auto& o = *plain.options().monteclora();
+    CHECK(o.num_samples() == 8);
+    CHECK(o.buffer_size() == 150);
+    const json section = {
+        {"buffer_size", 3},
+        {"dirichlet_prior", 0.5},
+        {"kl_loss_weight", 1e-3},
+        {"num_samples", 2},
+        {"sample_scaler", 0.25},
+        {"use_entropy", true}};
+    const auto loaded = load("mlp", {{"monteclora_config", section}});
+    CHECK(loaded.again.at("monteclora_config") == section);
+    CHECK(
+        loaded.adapter
+            .named_parameters()["fc1.lora_monteclora_sampler.expert_weights_"
+                                "prior"]
+            .numel() == 2);
+    CHECK(contains(
+        error_for("mlp", {{"monteclora_config", {{"num_samples", 0}}}}),
+        "must be positive"));
+  });
   add("r", [] {
     CHECK(load("mlp", {{"r", 3}}).shape_of_A("fc1")[0] == 3);
     CHECK(contains(error_for("mlp", {{"r", 0}}), "r must be positive"));

@@ -15,7 +15,7 @@ set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
     "Python with golden/requirements_adapter_hub.txt installed")
 
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
-foreach(_test golden_lora golden_lora_init
+foreach(_test golden_lora golden_lora_init golden_lora_variants
     golden_tuners golden_parameters golden_hosts golden_additive
     golden_adapters weighted convert_to_lora)
   string(REPLACE "golden_" "" _kind ${_test})
@@ -30,7 +30,8 @@ set_tests_properties(test_gguf PROPERTIES FIXTURES_SETUP adapters_for_gguf)
 if(_python)
   add_test(NAME check_with_peft
     COMMAND "${_python}" "${CMAKE_CURRENT_LIST_DIR}/check_with_peft.py"
-            "${_reverse}/lora" "${_reverse}/lora_init" "${_reverse}/tuners"
+            "${_reverse}/lora" "${_reverse}/lora_init"
+            "${_reverse}/lora_variants" "${_reverse}/tuners"
             "${_reverse}/parameters" "${_reverse}/hosts"
             "${_reverse}/additive/peft" "${_reverse}/adapters"
             "${_reverse}/weighted" "${_reverse}/convert_to_lora")

@@ -2,6 +2,7 @@
 
 #include <peft/core/delta.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -107,15 +108,31 @@ class FormulaDelta : public Delta {
     }
     return {};
   }
-  /// The same in the dtype of `like`.
+  /// The same in another dtype, or in that of `like`.
+  Tensor tensor(const char* name, at::ScalarType dtype) const {
+    return tensor(name).to(dtype);
+  }
   Tensor tensor(const char* name, const Tensor& like) const {
-    return tensor(name).to(like.scalar_type());
+    return tensor(name, like.scalar_type());
+  }
+  /// Numbers in all of them.
+  int64_t numel() const {
+    int64_t count = 0;
+    for (const auto& t : tensors_) {
+      count += t.numel();
+    }
+    return count;
   }
 
  private:
   static std::string key_of(std::string name) { // a module's names: no dots
-    const auto dot = name.find('.');
-    return dot == std::string::npos ? name : name.substr(0, dot);
+    const std::string end = ".weight";
+    if (name.size() > end.size() &&
+        name.compare(name.size() - end.size(), end.size(), end) == 0) {
+      name.erase(name.size() - end.size());
+    }
+    std::replace(name.begin(), name.end(), '.', '_');
+    return name;
   }
   const Derived& self() const {
     return static_cast<const Derived&>(*this);

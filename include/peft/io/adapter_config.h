@@ -195,11 +195,13 @@ class AdapterConfig {
   /// An object of fields inside a field, as adapter-hub has its "config".
   AdapterConfig section(const std::string& field) const {
     AdapterConfig result;
-    result.fields_ = has(field) && fields_.at(field).is_object()
-        ? fields_.at(field)
-        : nlohmann::json::object();
+    result.fields_ =
+        is_section(field) ? fields_.at(field) : nlohmann::json::object();
     result.where_ = where_ + ", \"" + field + "\"";
     return result;
+  }
+  bool is_section(const std::string& field) const {
+    return has(field) && fields_.at(field).is_object();
   }
   AdapterConfig& set(const std::string& field, const AdapterConfig& section) {
     fields_[field] = section.fields_;

@@ -82,19 +82,15 @@ inline void describe_ranks(LoraOptions& options, const AdapterState& state) {
   };
   std::vector<Rank> ranks;
   for (const auto& site : state.sites) {
-    if (!lora_layout(site)) {
+    const auto shape = lora_shape(*site.delta);
+    if (!shape) {
       continue;
     }
-    const auto* dora = dynamic_cast<const DoraDelta*>(site.delta.get());
-    const auto* lora = dynamic_cast<const LoraDelta*>(site.delta.get());
-    const int64_t r = dora != nullptr ? dora->r() : lora->r();
-    const double scaling =
-        dora != nullptr ? dora->config().scaling : lora->config().scaling;
-    const auto size = static_cast<double>(r);
+    const auto size = static_cast<double>(shape->r);
     ranks.push_back(
         {target_of(site),
-         r,
-         scaling * (options.rslora() ? std::sqrt(size) : size)});
+         shape->r,
+         shape->scaling * (options.rslora() ? std::sqrt(size) : size)});
   }
   options.r(ranks.front().r).alpha(ranks.front().alpha);
   LoraOptions::Pattern r_pattern, alpha_pattern;

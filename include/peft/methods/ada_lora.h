@@ -12,8 +12,8 @@
 // - I‖ that keeps A and B near to singular vectors is
 // peft::orthogonal_regularization.
 
-#include <peft/core/formula_delta.h>
-#include <peft/functional/lora.h>
+#include <peft/functional/convolution.h>
+#include <peft/methods/low_rank_delta.h>
 #include <peft/methods/tuner_targets.h>
 
 #include <torch/nn/init.h>
@@ -65,7 +65,7 @@ struct AdaLoraOptions {
 };
 
 /// AdaLoRA at one weight.
-class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
+class AdaLoraDelta final : public LowRankDelta<AdaLoraDelta> {
  public:
   struct Config {
     double scaling = 1; // alpha
@@ -80,52 +80,17 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
   };
 
   AdaLoraDelta(Config config, NamedTensors tensors, bool is_transposed)
-      : FormulaDelta(std::move(tensors), is_transposed),
+      : LowRankDelta(std::move(tensors), is_transposed),
         config_(std::move(config)) {}
 
-  Tensor changed(const Tensor& weight, double scale) const {
-    const Tensor A = tensor("lora_A", weight) * tensor("lora_E", weight);
-    return at::addmm(
-               weight.flatten(1),
-               tensor("lora_B", weight),
-               A,
-               1,
-               scale * scaling())
-        .view(weight.sizes());
+  /// A ⊙ E and B.
+  Factors factors(at::ScalarType dtype) const {
+    return {
+        tensor("lora_A", dtype) * tensor("lora_E", dtype),
+        tensor("lora_B", dtype)};
   }
-
-  bool is_additive() const override {
-    return true;
-  }
-  bool has_linear() const override {
-    return true;
-  }
-  Tensor linear(
-      const LinearCall& call,
-      const Below<LinearCall>& below,
-      double scale) const override {
-    Tensor down = tensor("lora_A") * tensor("lora_E"), up = tensor("lora_B");
-    if (is_transposed()) { // the matrix as it lies is (up down)ᵀ
-      std::tie(down, up) = std::make_pair(up.t(), down.t());
-    }
-    up = up.slice(0, call.rows.begin, call.rows.end);
-    if (call.transposed) {
-      std::tie(down, up) = std::make_pair(up.t(), down.t());
-    }
-    const Tensor y = below(call);
-    return (y +
-            functional::lora_linear_term(
-                call.x,
-                down,
-                up,
-                scale * scaling(),
-                is_training() ? config_.dropout : 0))
-        .to(y.scalar_type());
-  }
-  int64_t linear_cost() const override {
-    return is_training() && config_.dropout > 0
-        ? 0
-        : tensor("lora_A").numel() + tensor("lora_B").numel();
+  double scaling() const {
+    return config_.scaling / (config_.ranknum + 1e-5);
   }
 
   /// Dropout acts on the input, which no weight expresses.
@@ -254,7 +219,7 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
       }
       return {};
     }
-    return FormulaDelta::from_file(name, value, dry_run);
+    return LowRankDelta::from_file(name, value, dry_run);
   }
 
   int64_t r() const {
@@ -280,9 +245,6 @@ class AdaLoraDelta final : public FormulaDelta<AdaLoraDelta> {
     auto sizes = file_tensors().at(factor).second.sizes().vec();
     sizes[factor == 1 ? 1 : 0] = static_cast<int64_t>(config_.ranknum);
     return sizes;
-  }
-  double scaling() const {
-    return config_.scaling / (config_.ranknum + 1e-5);
   }
 
   Config config_;

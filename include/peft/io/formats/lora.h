@@ -4,6 +4,7 @@
 
 #include <peft/io/formats/format.h>
 #include <peft/io/formats/lora_parameters.h>
+#include <peft/io/formats/lora_variants.h>
 #include <peft/methods/lora.h>
 #include <peft/methods/lora/factors.h>
 
@@ -87,12 +88,7 @@ class LoraFormat final : public AdapterFormat {
         refuse(field);
       }
     }
-    for (const char* section :
-         {"arrow_config",
-          "kasa_config",
-          "monteclora_config",
-          "use_bdlora",
-          "velora_config"}) {
+    for (const char* section : {"arrow_config", "velora_config"}) {
       if (config.has(section)) {
         refuse(section);
       }
@@ -119,6 +115,7 @@ class LoraFormat final : public AdapterFormat {
         " has neither target_modules nor target_parameters");
     o.parameters_transposed(config.get<bool>(kTransposedField, false));
     o.trainable_token_indices(token_indices_field(config));
+    read_variants(config, o);
     if (config.has("exclude_modules") && !config.is_empty("exclude_modules")) {
       o.exclude(targets_field(config, "exclude_modules"));
     }
@@ -178,6 +175,7 @@ class LoraFormat final : public AdapterFormat {
     }
     write_parameters(adapter, o, config);
     write_token_indices(o, config);
+    write_variants(o, config);
     if (!o.exclude().empty()) {
       write_targets(config, "exclude_modules", o.exclude());
     }

@@ -21,15 +21,40 @@ namespace detail {
 /// A field of libpeft's own: which way matrices lie, where no shape tells.
 inline constexpr const char* kTransposedField = "parameters_transposed";
 
-/// How LoRA or DoRA lies at a site; none for other deltas (biases, heads).
-inline std::optional<LoraLayout> lora_layout(const SiteRecord& site) {
-  if (const auto* lora = dynamic_cast<const LoraDelta*>(site.delta.get())) {
-    return lora->config().layout;
+/// How a LoRA of any kind lies at a place.
+struct LoraShape {
+  LoraLayout layout;
+  int64_t r;
+  double scaling;
+};
+
+/// None for other deltas (biases, heads).
+inline std::optional<LoraShape> lora_shape(const Delta& delta) {
+  const auto shape = [](const auto& d, LoraLayout layout) {
+    return LoraShape{layout, d.r(), d.config().scaling};
+  };
+  if (const auto* lora = dynamic_cast<const LoraDelta*>(&delta)) {
+    return shape(*lora, lora->config().layout);
   }
-  if (const auto* dora = dynamic_cast<const DoraDelta*>(site.delta.get())) {
-    return dora->config().layout;
+  if (const auto* dora = dynamic_cast<const DoraDelta*>(&delta)) {
+    return shape(*dora, dora->config().layout);
+  }
+  if (const auto* kasa = dynamic_cast<const KasaDelta*>(&delta)) {
+    return shape(*kasa, LoraLayout::matrix);
+  }
+  if (const auto* bd_lora = dynamic_cast<const BdLoraDelta*>(&delta)) {
+    return shape(*bd_lora, LoraLayout::matrix);
+  }
+  if (const auto* drawn = dynamic_cast<const MonteCloraDelta*>(&delta)) {
+    return shape(
+        *drawn,
+        drawn->is_transposed() ? LoraLayout::transposed : LoraLayout::matrix);
   }
   return std::nullopt;
+}
+inline std::optional<LoraLayout> lora_layout(const SiteRecord& site) {
+  const auto shape = lora_shape(*site.delta);
+  return shape ? std::optional<LoraLayout>(shape->layout) : std::nullopt;
 }
 
 inline bool is_stack(const Delta& delta) {

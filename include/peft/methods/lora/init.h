@@ -135,6 +135,12 @@ orthogonal_init(int64_t r, int64_t in, int64_t out, const std::string& name) {
   return {A.contiguous(), B.contiguous()};
 }
 
+/// What a start may be made of: the weight without what is merged into it.
+inline Tensor weight_at_start(const Tensor& weight) {
+  const auto* tag = tag_of(weight);
+  return (tag == nullptr ? weight : unmerged_base(*tag->site, weight)).detach();
+}
+
 /// A and B of the starts that are for matrices. Of lower rank than r where the
 /// weight is: HF's files have them so.
 inline std::pair<Tensor, Tensor> matrix_init(
@@ -161,9 +167,7 @@ inline std::pair<Tensor, Tensor> matrix_init(
       "' lies as [in, out]. HF PEFT decomposes it without turning it, so that "
       "its file would mean another function here; take 'pissa'");
   torch::NoGradGuard no_grad;
-  const auto* tag = tag_of(weight);
-  const Tensor own = // without what another adapter merged
-      (tag == nullptr ? weight : unmerged_base(*tag->site, weight)).detach();
+  const Tensor own = weight_at_start(weight);
   const Tensor W = is_transposed ? own.t() : own;
   if (init == "orthogonal") {
     return orthogonal_init(scale.r, W.size(1), W.size(0), name);

@@ -97,9 +97,11 @@ class LoraImpl : public ExplicitLayer<Base, LoraImpl<Base>> {
         !options.dora() && !options.lora_bias() && !options.fan_in_fan_out() &&
             options.bias() == "none" && options.modules_to_save().empty() &&
             options.enable_lora().empty() &&
+            detail::variant_of(options).empty() &&
             !detail::starts_as_part(options.init()),
         "peft: an explicit layer takes no dora, lora_bias, fan_in_fan_out, "
-        "bias, modules_to_save, enable_lora or init 'pissa' or 'olora'; "
+        "bias, modules_to_save, enable_lora, variant or init 'pissa' or "
+        "'olora'; "
         "attach() does");
     Layer description;
     description.parameters = {{"weight", this->base_layer->weight}};

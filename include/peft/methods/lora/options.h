@@ -1,11 +1,15 @@
 #pragma once
 
 #include <peft/core/targets.h>
+#include <peft/methods/lora/bd_lora.h>
+#include <peft/methods/lora/kasa.h>
+#include <peft/methods/lora/monteclora.h>
 
 #include <torch/arg.h>
 
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <regex>
 #include <string>
 #include <utility>
@@ -93,6 +97,13 @@ struct LoraOptions {
   TORCH_ARG(bool, parameters_transposed) = false;
   /// HF's trainable_token_indices.
   TORCH_ARG(TokenIndices, trainable_token_indices);
+  /// Variants for linear layers, of which one can be chosen. HF's kasa_config
+  /// (methods/lora/kasa.h),
+  TORCH_ARG(std::optional<KasaOptions>, kasa);
+  /// use_bdlora (methods/lora/bd_lora.h),
+  TORCH_ARG(std::optional<BdLoraOptions>, bd_lora);
+  /// and monteclora_config (methods/lora/monteclora.h).
+  TORCH_ARG(std::optional<MonteCloraOptions>, monteclora);
 };
 
 namespace detail {
@@ -132,6 +143,70 @@ inline void check_target_parameters(const LoraOptions& options) {
       "peft: parameters start by init 'gaussian', 'kaiming' or 'random', got '",
       init,
       "'");
+}
+
+/// The name of the variant that is chosen, for messages; "" for none.
+inline std::string variant_of(const LoraOptions& options) {
+  return options.kasa()      ? "KaSA"
+      : options.bd_lora()    ? "BD-LoRA"
+      : options.monteclora() ? "MonteCLoRA"
+                             : "";
+}
+
+/// What goes with KaSA, BD-LoRA and MonteCLoRA, and their own numbers.
+inline void check_variant(const LoraOptions& options) {
+  const std::string name = variant_of(options);
+  if (name.empty()) {
+    return;
+  }
+  const int chosen = (options.kasa() ? 1 : 0) + (options.bd_lora() ? 1 : 0) +
+      (options.monteclora() ? 1 : 0);
+  const char* other = chosen > 1                 ? "another variant"
+      : options.dora()                           ? "dora"
+      : !options.enable_lora().empty()           ? "enable_lora"
+      : !options.target_parameters().empty()     ? "target_parameters"
+      : options.bd_lora() && options.lora_bias() ? "lora_bias"
+                                                 : nullptr;
+  TORCH_CHECK_VALUE(
+      other == nullptr,
+      "peft: ",
+      name,
+      " does not go with ",
+      other == nullptr ? "" : other,
+      "; switch one of the two off");
+  const auto& init = options.init();
+  TORCH_CHECK_VALUE(
+      init == "gaussian" || init == "kaiming" || init == "random" ||
+          init == "empty",
+      "peft: ",
+      name,
+      " starts by init 'gaussian', 'kaiming' or 'random', got '",
+      init,
+      "'");
+  if (const auto& o = options.kasa()) {
+    TORCH_CHECK_VALUE(
+        o->beta() >= 0 && o->gamma() >= 0,
+        "peft: beta and gamma of KaSA must not be negative, got ",
+        o->beta(),
+        " and ",
+        o->gamma());
+  }
+  if (const auto& o = options.bd_lora()) {
+    TORCH_CHECK_VALUE(
+        o->nblocks() > 0, "peft: nblocks must be positive, got ", o->nblocks());
+  }
+  if (const auto& o = options.monteclora()) {
+    TORCH_CHECK_VALUE(
+        o->num_samples() > 0 && o->buffer_size() > 0 &&
+            o->dirichlet_prior() > 0,
+        "peft: num_samples, buffer_size and dirichlet_prior of MonteCLoRA must "
+        "be positive, got ",
+        o->num_samples(),
+        ", ",
+        o->buffer_size(),
+        " and ",
+        o->dirichlet_prior());
+  }
 }
 
 inline void check(const LoraOptions& options) {
@@ -204,6 +279,7 @@ inline void check(const LoraOptions& options) {
       "peft: layers_pattern says where layers are counted, and no layers are "
       "given; set layers({...})");
   check_target_parameters(options);
+  check_variant(options);
 }
 
 /// HF's rule: `name` is, or ends with ".", and the pattern.

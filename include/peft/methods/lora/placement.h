@@ -5,6 +5,7 @@
 #include <peft/methods/lora/dora.h>
 #include <peft/methods/lora/init.h>
 #include <peft/methods/lora/parameters.h>
+#include <peft/methods/lora/variants.h>
 #include <peft/methods/modules_to_save.h>
 #include <peft/methods/trainable_tokens.h>
 #include <peft/methods/tuner_targets.h>
@@ -269,7 +270,10 @@ class LoraPlanner {
         path,
         "' (neither does HF PEFT); name linear layers, or take init 'kaiming'");
     std::shared_ptr<Delta> delta;
-    if (options_.dora()) {
+    if (!variant_of(options_).empty()) {
+      check_variant_place(options_, layer, weight, layout, path);
+      delta = make_variant_delta(options_, weight, layout, scale, module, path);
+    } else if (options_.dora()) {
       TORCH_CHECK(
           !is_in_attention,
           "peft: DoRA does not adapt the projections of a "
