@@ -7,8 +7,6 @@
 #include "golden_case.h"
 #include "tiny_models.h"
 
-#include <nlohmann/json.hpp>
-
 #include <fstream>
 #include <map>
 #include <memory>
@@ -20,45 +18,49 @@ namespace test_golden_prompts {
 namespace {
 
 namespace fs = std::filesystem;
+using golden_case::find;
+using golden_case::json;
 using golden_case::near;
 using golden_case::read_json_file;
 using golden_case::values;
-using nlohmann::json;
 using tiny_models::Network;
 using tiny_models::Tensors;
 using torch::Tensor;
 
-/// Folders of data/prompts whose names start so.
-std::vector<std::string> folders(const std::string& start = "") {
-  auto names = golden_case::folders(start, "prompts");
-  if (start.empty()) {
-    REQUIRE(names.size() == 12);
-  }
+/// All folders of data/prompts.
+std::vector<std::string> folders() {
+  const auto names = golden_case::folders("", "prompts");
+  REQUIRE(names.size() == 12);
   return names;
 }
 
 /// One folder of data/prompts.
-struct Golden {
+struct Golden : golden_case::Folder {
   explicit Golden(const std::string& name)
-      : folder(fs::path(golden("prompts")) / name),
-        facts(read_json_file(folder / "case.json")),
-        reference(peft::load_safetensors(
-            (folder / "reference.safetensors").string())) {}
+      : Folder(name, "prompts", "reference.safetensors") {}
 
-  std::string adapter() const {
-    return (folder / "adapter").string();
-  }
   std::string network_name() const {
-    return facts.at("network").get<std::string>();
+    return text("network");
   }
   Network network() const {
     return tiny_models::load(network_name());
   }
   const Tensor& at(const std::string& name) const {
-    return reference.at(name);
+    return expected.at(name);
   }
   bool is_cpt() const {
     return folder.filename().string().rfind("cpt_", 0) == 0;
+  }
+  /// The adapter on a network, for training where its folder has all of it.
+  peft::Adapter load(const Network& network, const std::string& from) const {
+    return peft::load(
+        *network.module,
+        from,
+        "default",
+        peft::LoadOptions().is_trainable(!is_cpt()));
+  }
+  peft::Adapter load(const Network& network) const {
+    return load(network, adapter());
   }
   /// The adapter's folder with the state that PEFT drops where libpeft keeps
   /// it.
@@ -72,9 +74,10 @@ struct Golden {
   bool is_t5() const {
     return network_name().rfind("t5", 0) == 0;
   }
-  /// T5 does not divide its scores by the root of their width, so rounding
-  /// weighs more there: transformers' own float32 logits are that far from its
-  /// float64 ones.
+  /// What rounding leaves of 1e-6 in an output. T5 does not divide its scores
+  /// by the root of their width, so rounding weighs more there: transformers'
+  /// own float32 logits are up to 1.1e-6 from its float64 ones, and ours as
+  /// much.
   double output_tolerance() const {
     return is_t5() ? 5e-6 : 1e-6;
   }
@@ -82,7 +85,7 @@ struct Golden {
   /// What the network is called with. Where PEFT was given labels alone, the
   /// decoder's words are those that it makes of them.
   Tensors call() const {
-    Tensors result = reference;
+    Tensors result = expected;
     if (is_t5() && result.count("decoder_input_ids") == 0) {
       const Tensor labels = at("labels");
       const Tensor shifted =
@@ -95,7 +98,7 @@ struct Golden {
 
   /// The tasks of the batch, where the adapter has several.
   std::unique_ptr<peft::BatchTasks> tasks() const {
-    return reference.count("task_ids") == 0
+    return expected.count("task_ids") == 0
         ? nullptr
         : std::make_unique<peft::BatchTasks>(at("task_ids"));
   }
@@ -118,29 +121,8 @@ struct Golden {
       return torch::nn::functional::cross_entropy(
           output.flatten(0, 1), labels.flatten());
     }
-    return network.loss(output, reference);
+    return network.loss(output, expected);
   }
-
-  /// The expected tensors below "<group>.", by what follows; a head without
-  /// PEFT's prefix.
-  Tensors group(const std::string& name) const {
-    Tensors result;
-    const std::string start = name + ".", wrapped = "base_model.";
-    for (const auto& [key, value] : reference) {
-      if (key.rfind(start, 0) == 0) {
-        auto own = key.substr(start.size());
-        if (own.rfind(wrapped, 0) == 0) {
-          own = own.substr(wrapped.size());
-        }
-        result.emplace(own, value);
-      }
-    }
-    return result;
-  }
-
-  fs::path folder;
-  json facts;
-  Tensors reference;
 };
 
 Comparison unchanged(torch::nn::Module& module, const Tensors& before) {
@@ -165,7 +147,7 @@ TEST_CASE("files of multitask prompts, CPT and cartridges give their outputs") {
       const Golden golden(name);
       const auto network = golden.network();
       const auto base = values(*network.module);
-      auto adapter = peft::load(*network.module, golden.adapter());
+      auto adapter = golden.load(network);
       const auto output = golden.run(network);
       REQUIRE(near(output, golden.at("output"), golden.output_tolerance()));
       REQUIRE(near(
@@ -205,8 +187,7 @@ TEST_CASE("multitask prompts, CPT and cartridges train as in PEFT") {
         if (step == 0) {
           for (const auto& [key, gradient] : gradients) {
             INFO(key);
-            REQUIRE(parameters.contains(key));
-            REQUIRE(near(parameters[key].grad(), gradient, 1e-5));
+            REQUIRE(near(find(parameters, key).grad(), gradient, 1e-5));
           }
         }
         optimizer.step();
@@ -226,7 +207,7 @@ TEST_CASE("multitask prompts, CPT and cartridges train as in PEFT") {
               1e-5));
           continue;
         }
-        REQUIRE(near(parameters[key], value, 1e-5));
+        REQUIRE(near(find(parameters, key), value, 1e-5));
       }
       adapter.detach();
       REQUIRE(unchanged(*network.module, base));
@@ -239,17 +220,17 @@ TEST_CASE(
   int checked = 0;
   for (const auto& name : folders()) {
     const Golden golden(name);
-    if (golden.reference.count("generate.alone") == 0) {
+    if (golden.expected.count("generate.alone") == 0) {
       continue;
     }
     INFO(name);
     const auto network = golden.network();
-    peft::load(*network.module, golden.adapter());
+    golden.load(network);
     const auto lengths = golden.at("attention_mask").sum(1);
     const auto& expected = golden.at("generate.alone");
     for (int64_t row = 0; row < expected.size(0); ++row) {
       std::unique_ptr<peft::BatchTasks> task;
-      if (golden.reference.count("task_ids") != 0) {
+      if (golden.expected.count("task_ids") != 0) {
         task = std::make_unique<peft::BatchTasks>(
             golden.at("task_ids").slice(0, row, row + 1));
       }
@@ -278,11 +259,7 @@ TEST_CASE(
       std::ofstream(given / "adapter_config.json") << before.dump(2);
 
       const auto network = golden.network();
-      auto adapter = peft::load(
-          *network.module,
-          given.string(),
-          "default",
-          peft::LoadOptions().is_trainable(!golden.is_cpt()));
+      auto adapter = golden.load(network, given.string());
       peft::save(adapter, directory / "again");
       REQUIRE(
           read_json_file(directory / "again/adapter_config.json") == before);
@@ -331,8 +308,8 @@ TEST_CASE("a broken file of such a prompt is refused, model untouched") {
               tensors, directory / "broken/adapter_model.safetensors");
           const auto network = golden.network();
           const auto before = values(*network.module);
-          const auto error = error_of(
-              [&] { peft::load(*network.module, directory / "broken"); });
+          const auto error =
+              error_of([&] { golden.load(network, directory / "broken"); });
           INFO(error);
           REQUIRE(contains(error, how));
           const std::string wrapped = "base_model.";
@@ -380,7 +357,7 @@ void write(
         "decoder_input_ids",
         "decoder_attention_mask",
         "task_ids"}) {
-    if (golden.reference.count(input) != 0) {
+    if (golden.expected.count(input) != 0) {
       numbers.emplace(input, golden.at(input));
     }
   }
