@@ -63,6 +63,29 @@ TEST_CASE("An adapter that cannot be saved whole leaves the old one") {
   }
 }
 
+TEST_CASE("A .bin that is not PEFT's says what it is") {
+  const auto net = network();
+  const TemporaryDirectory folder;
+  const std::string path = folder / "adapter";
+  auto adapter =
+      peft::attach(*net.module, peft::LoraOptions(2).targets({"fc1"}));
+  peft::save(adapter, path);
+  adapter.detach();
+  fs::remove(path + "/adapter_model.safetensors");
+  const auto before = state_of(*net.module);
+  const auto check = [&](const std::string& content, const std::string& what) {
+    std::ofstream(path + "/adapter_model.bin", std::ios::binary) << content;
+    const auto error = error_of([&] { peft::load(*net.module, path); });
+    CHECK(contains(error, what));
+    CHECK(contains(error, "save_file(dict(torch.load("));
+    CHECK(same_state(state_of(*net.module), before));
+  };
+  check("\x80\x02\x8a\nl\xfc", "before torch 1.6");
+  check("", "no archive of torch.save's");
+  check("version https://git-lfs", "no archive of torch.save's");
+  check("PK\x03\x04", "damaged or cut off");
+}
+
 TEST_CASE("Complex numbers are no adapter's, strict or not") {
   const auto net = network();
   const TemporaryDirectory folder;

@@ -9,7 +9,9 @@
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import_read.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,28 @@ namespace detail {
 
 /// In the metadata of a file whose tied weights are adapted as one tensor.
 inline const std::string kTiesMark = "libpeft_ties";
+
+/// Why torch.save's reader fails on a file, in words: `error` is what it said.
+inline std::string pickle_problem(
+    const std::string& path,
+    const std::string& error) {
+  char start[2] = {};
+  std::ifstream(path, std::ios::binary).read(start, 2);
+  if (start[0] == '\x80') {
+    return "it has the format that torch.save had before torch 1.6";
+  }
+  if (start[0] != 'P' || start[1] != 'K') {
+    return "it is no archive of torch.save's";
+  }
+  if (error.find("zip archive") != std::string::npos) {
+    return "the archive is damaged or cut off";
+  }
+  if (error.find("isGenericDict") != std::string::npos) {
+    return "it holds an OrderedDict or another object, where PEFT writes a "
+           "plain dict";
+  }
+  return error.substr(0, std::min<size_t>(120, error.find('\n')));
+}
 
 /// The tensors of adapter_model.bin, a pickled dict of tensors as torch.save
 /// writes it since torch 1.6; all on the CPU, wherever they were saved. The
@@ -40,9 +64,11 @@ inline NamedTensorMap read_pickle(const std::string& path) {
         false,
         "peft: '",
         path,
-        "' is not a pickled dict of tensors (",
-        std::string(error.what()).substr(0, 120),
-        "); save it as adapter_model.safetensors");
+        "' is not a pickled dict of tensors: ",
+        pickle_problem(path, error.what()),
+        ". In Python, save_file(dict(torch.load('adapter_model.bin')), "
+        "'adapter_model.safetensors') of safetensors.torch makes a file that "
+        "is read");
   }
   TORCH_CHECK(
       value.isGenericDict(),
