@@ -122,6 +122,7 @@ TEST_CASE("hosts: adapters are written for HF PEFT to read") {
     write(
         name + "_dora", name + "_lora", LoraOptions(2).dora(true).rslora(true));
     write(name + "_ada_lora", name + "_lora", AdaLoraOptions(10).init_r(2));
+    write(name + "_layer_norm", name + "_lora", LayerNormOptions());
     write(name + "_tokens", name + "_lora", TrainableTokensOptions({9, 4}));
     write(
         name + "_lora_tokens",
@@ -133,7 +134,18 @@ TEST_CASE("hosts: adapters are written for HF PEFT to read") {
     write(name + "_oft", name + "_lora", OftOptions().oft_block_size(4));
     write(name + "_shira", name + "_lora", ShiraOptions(1).random_seed(7));
     write(name + "_loha", name + "_lora", LoHaOptions(2));
+    write(name + "_lokr", name + "_lora", LoKrOptions(2));
+    write(name + "_hra", name + "_lora", HraOptions(2));
+    write(name + "_boft", name + "_lora", BoftOptions().boft_block_size(4));
   }
+  // PEFT computes these two in float32, and T5 is in float64 here.
+  for (const std::string name : {"gpt2", "llama", "bert"}) {
+    write(name + "_pissa", name + "_lora", LoraOptions(2).init("pissa"));
+    write(name + "_fourier_ft", name + "_lora", FourierFtOptions(20));
+  }
+  write("llama_beft", "llama_lora", BeftOptions().targets({"v_proj"}));
+  write("t5_beft", "t5_lora", BeftOptions().targets({"SelfAttention.v"}));
+  write("bert_beft", "bert_lora", BeftOptions().targets({"value"}));
   write("gpt2_vera", "gpt2_lora", VeraOptions(4).targets({"c_attn", "c_fc"}));
   write(
       "gpt2_parameters",

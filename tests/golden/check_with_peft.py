@@ -42,6 +42,8 @@ PEFT_ALWAYS_SAYS = (
     "vera_A and vera_B",
     "did not match any targeted module",  # a pattern for a target_parameter did
     "Sparse invariant checks",
+    "Unsupported layer type",  # LayerNorm tuning, of any norm
+    "base layer has no bias term",  # BEFT, which adds one in forward
 )
 
 

@@ -28,6 +28,10 @@ from torch import nn
 
 import tiny_models
 
+# T5's softmax is in float32 by `.float()`; float64 shall stay what it is.
+to_float32 = torch.Tensor.float
+torch.Tensor.float = lambda t: t if t.dtype == torch.float64 else to_float32(t)
+
 DATA = Path(__file__).resolve().parent / "data" / "additive"
 VERSION = "1.3.0"
 NAME = "bottleneck"  # the adapter's name, a part of every key
@@ -358,6 +362,8 @@ def write(case):
     for key, value in exact.items():
         assert key == "output" or (value != 0).float().mean() > 0.4, (case.name, key)
 
+    if case.network.startswith("t5"):  # whose float32 is more than 1e-6 off
+        result["exact.output"] = exact["output"]
     save_file(
         {key: value.detach().clone().contiguous() for key, value in {**call, **result}.items()},
         folder / "reference.safetensors",

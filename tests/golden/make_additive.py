@@ -672,6 +672,8 @@ def write(case):
         if exact[key].abs().max() > 0 or result[key].abs().max() > 0
     )
     assert set(exact) == set(result) and worst[0] < 2e-5, (case.name, worst)
+    if case.network.startswith("t5"):  # whose float32 is more than 1e-6 off
+        extra["exact.output"] = exact["output"]
     unused = [
         key
         for key in result
