@@ -243,6 +243,15 @@ inline StepHooks ada_lora_hooks(const peft::Adapter& adapter) {
       [allocator, step] { allocator->update_and_allocate((*step)++); }};
 }
 
+/// KaSA's penalty and MonteCLoRA's divergence, whose gradients join the loss's.
+inline StepHooks kasa_hooks(const peft::Adapter& adapter) {
+  return {[adapter] { peft::kasa_regularization(adapter).backward(); }, {}};
+}
+inline StepHooks monteclora_hooks(const peft::Adapter& adapter) {
+  return {
+      [adapter] { peft::monteclora_regularization(adapter).backward(); }, {}};
+}
+
 /// The embeddings of the tokens that the texts have most, within the budget.
 inline peft::Adapter attach_tokens(Network& network, const Setting& setting) {
   const auto& o = network->bert->options;
@@ -435,6 +444,12 @@ methods(Network& network, int64_t budget, int64_t tokens) {
        3e-2,
        with(PromptOptions(tokens).init("vocab"))});
   all.push_back(
+      {"multitask_prompt",
+       "multitask prompt, one task",
+       "additive",
+       3e-2,
+       with(MultitaskPromptOptions(tokens).init("vocab"))});
+  all.push_back(
       {"p_tuning", "P-tuning", "additive", 1.2e-2, near(widths, [&](int64_t h) {
          return PTuningOptions(tokens).encoder_hidden_size(h);
        })});
@@ -447,6 +462,10 @@ methods(Network& network, int64_t budget, int64_t tokens) {
          return PrefixOptions(tokens)
              .prefix_projection(true)
              .encoder_hidden_size(h);
+       })});
+  all.push_back(
+      {"cartridge", "cartridge", "additive", 3e-2, near(lengths, [](int64_t n) {
+         return CartridgeOptions(n);
        })});
   all.push_back(
       {"p_tuning_v2",
@@ -545,6 +564,51 @@ methods(Network& network, int64_t budget, int64_t tokens) {
              .dora(true)
              .targets({"query", "value"});
        })});
+  all.push_back(
+      {"kasa",
+       "KaSA",
+       "reparameterised",
+       4e-3,
+       near(
+           widths,
+           [](int64_t r) {
+             return LoraOptions(r)
+                 .alpha(2.0 * static_cast<double>(r))
+                 .kasa(KasaOptions())
+                 .targets({"query", "value"});
+           }),
+       detail::kasa_hooks});
+  std::vector<int64_t> quarters;
+  for (int64_t r = 4; r <= sizes.hidden_size(); r += 4) {
+    quarters.push_back(r);
+  }
+  all.push_back(
+      {"bd_lora",
+       "BD-LoRA, 4 blocks",
+       "reparameterised",
+       4e-3,
+       near(quarters, [](int64_t r) {
+         return LoraOptions(r)
+             .alpha(2.0 * static_cast<double>(r))
+             .bd_lora(BdLoraOptions()
+                          .target_modules_bd_b({"query", "value"})
+                          .nblocks(4))
+             .targets({"query", "value"});
+       })});
+  all.push_back(
+      {"monteclora",
+       "MonteCLoRA",
+       "reparameterised",
+       4e-3,
+       near(
+           widths,
+           [](int64_t r) {
+             return LoraOptions(r)
+                 .alpha(2.0 * static_cast<double>(r))
+                 .monteclora(MonteCloraOptions().buffer_size(16))
+                 .targets({"query", "value"});
+           }),
+       detail::monteclora_hooks});
   const auto ranks =
       detail::nearest_width(network, budget, widths, [](int64_t r) {
         return detail::ada_lora(r, 1);
@@ -561,6 +625,16 @@ methods(Network& network, int64_t budget, int64_t tokens) {
        detail::ada_lora_hooks});
   all.push_back(
       {"vera", "VeRA", "reparameterised", 1.2e-2, with(VeraOptions())});
+  const int64_t quarter = std::max<int64_t>(1, sizes.hidden_size() / 4);
+  all.push_back(
+      {"vblora",
+       "VB-LoRA",
+       "reparameterised",
+       1.2e-2,
+       near(detail::up_to(256), [&](int64_t n) {
+         return VbLoraOptions(4).vector_length(quarter).num_vectors(n).topk(
+             std::min<int64_t>(2, n));
+       })});
   all.push_back(
       {"loha", "LoHa", "reparameterised", 4e-3, near(widths, [](int64_t r) {
          return LoHaOptions(r).alpha(2.0 * static_cast<double>(r));

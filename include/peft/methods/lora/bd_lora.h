@@ -4,11 +4,12 @@
 // block-diagonal, so that each of n devices that share a layer has its own
 // blocks and nothing of the adapter is exchanged between them.
 //
-//   W' = W + s · B diag(A_1 ... A_n),   A_i [r/n, in/n]    (layers split by
-//   input) W' = W + s · diag(B_1 ... B_n) A,   B_i [out/n, r/n]   (layers split
-//   by output)
+//   W' = W + s · B diag(A_1 ... A_n),   A_i [r/n, in/n]
+//   W' = W + s · diag(B_1 ... B_n) A,   B_i [out/n, r/n]
 //
-// The blocks lie one below the other: A [r, in/n], or B [out, r/n].
+// The first is for layers that are split by their inputs, the second for those
+// split by their outputs. The blocks lie one below the other: A [r, in/n], or
+// B [out, r/n].
 
 #include <peft/methods/low_rank_delta.h>
 
