@@ -412,6 +412,18 @@ TEST_CASE("training while merged is an error in backward") {
       "the training step, or freeze the adapter's parameters"));
   CHECK_FALSE(adapter.parameters()[0].grad().defined());
 
+  // Another that acts at the same weight hides it nowhere.
+  auto beside = peft::attach(model, acting("fc2"), "two");
+  auto also = peft::attach(model, acting("fc2"), "three");
+  beside.merge();
+  also.set_trainable(false);
+  CHECK(contains(
+      error_of([&] { (model.fc2->weight * 2).sum().backward(); }),
+      "adapter 'two' is merged and cannot train"));
+  also.detach();
+  beside.unmerge();
+  beside.detach();
+
   adapter.set_trainable(false); // then the rest may train
   model.forward(x).sum().backward();
   CHECK(x.grad().defined());

@@ -39,6 +39,15 @@ inline Tensor guard_merged(Tensor fresh, const Site& site) {
   return MergedBarrier::apply(fresh, anchor, adapter->name);
 }
 
+/// The same behind the value that other adapters make of the site's own base.
+inline Tensor
+guard_beside(Tensor value, const Tensor& weight, const Site& site) {
+  return !site.merge_order.empty() && at::GradMode::is_enabled() &&
+          site.merged_trainable() != nullptr && site.holds_storage_of(weight)
+      ? guard_merged(value.clone(), site)
+      : value;
+}
+
 /// TorchScript's profiling executor replays a recorded graph in which the
 /// adapter's parameters do not occur, so from the second run on they would get
 /// no gradient. Refused on every run.
@@ -130,7 +139,7 @@ apply_deltas(const Site& site, const Tensor& weight, bool may_keep = false) {
   if (may_keep && !training) {
     site.kept.offer(std::move(recipe), value);
   }
-  return value;
+  return guard_beside(value, weight, site);
 }
 
 /// One matrix of the stack that `site` makes of `stack`. In training it is made
@@ -147,12 +156,13 @@ matrix_of(const Site& site, const Tensor& stack, int64_t index, bool may_keep) {
     return apply_deltas(site, stack, may_keep).select(0, index);
   }
   site.kept.drop();
-  return changed_by(
+  Tensor value = changed_by(
       active,
       stack.select(0, index),
       [index](const Delta& delta, const Tensor& w, double scale) {
         return delta.effective_matrix(w, index, scale);
       });
+  return guard_beside(std::move(value), stack, site);
 }
 
 /// The value of a tagged tensor, as a plain one. Call it with the key excluded.
