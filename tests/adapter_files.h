@@ -38,7 +38,10 @@ inline Tensor find(
     const torch::OrderedDict<std::string, Tensor>& parameters,
     std::string key) {
   for (const auto& front : {prefix, std::string("base_model.")}) {
-    key = key.rfind(front, 0) == 0 ? key.substr(front.size()) : key;
+    if (key.rfind(front, 0) == 0) {
+      key = key.substr(front.size());
+      break;
+    }
   }
   if (const auto* exact = parameters.find(key)) {
     return *exact;
