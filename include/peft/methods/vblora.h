@@ -15,8 +15,7 @@
 // The bank and the logits train. What is trained is told by k indices and
 // k - 1 weights a piece (save_only_topk_weights), which cannot train on.
 
-#include <peft/core/formula_delta.h>
-#include <peft/functional/lora.h>
+#include <peft/methods/low_rank_delta.h>
 #include <peft/methods/tuner_targets.h>
 
 #include <c10/core/InferenceMode.h>
@@ -88,7 +87,7 @@ inline at::ScalarType index_dtype(int64_t num_vectors) {
 } // namespace detail
 
 /// VB-LoRA at one weight. The first delta of an adapter has the bank of all.
-class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
+class VbLoraDelta final : public LowRankDelta<VbLoraDelta> {
  public:
   struct Config {
     int64_t topk = 2;
@@ -104,58 +103,33 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
   };
 
   VbLoraDelta(Config config, NamedTensors tensors, bool is_transposed)
-      : FormulaDelta(std::move(tensors), is_transposed),
+      : LowRankDelta(std::move(tensors), is_transposed),
         config_(std::move(config)) {}
 
-  Tensor changed(const Tensor& weight, double scale) const {
-    const auto [A, B] = factors();
-    return at::addmm(
-        weight,
-        B.to(weight.scalar_type()),
-        A.to(weight.scalar_type()),
-        1,
-        scale);
+  /// A [r, in] and B [out, r].
+  Factors factors(at::ScalarType dtype) const {
+    check_may_train();
+    const Tensor A = pieces("vblora_logits_A", config_.indices_A);
+    const Tensor B = pieces("vblora_logits_B", config_.indices_B);
+    return {A.flatten(1).to(dtype), B.transpose(1, 2).flatten(0, 1).to(dtype)};
   }
-
-  bool is_additive() const override {
-    return true;
-  }
-  bool has_linear() const override {
-    return true;
-  }
-  Tensor linear(
-      const LinearCall& call,
-      const Below<LinearCall>& below,
-      double scale) const override {
-    auto [down, up] = factors();
-    if (is_transposed()) { // the matrix as it lies is (up down)ᵀ
-      std::tie(down, up) = std::make_pair(up.t(), down.t());
-    }
-    up = up.slice(0, call.rows.begin, call.rows.end);
-    if (call.transposed) {
-      std::tie(down, up) = std::make_pair(up.t(), down.t());
-    }
-    const Tensor y = below(call);
-    return (y +
-            functional::lora_linear_term(
-                call.x, down, up, scale, is_training() ? config_.dropout : 0))
-        .to(y.scalar_type());
+  double scaling() const {
+    return 1;
   }
   int64_t linear_cost() const override {
-    return is_training() && config_.dropout > 0 ? 0
-                                                : num_pieces() * bank().size(1);
+    return dropout_now() > 0 ? 0 : num_pieces() * bank().size(1);
   }
 
   void visit_state(
       c10::function_ref<void(const Tensor&)> visit) const override {
-    FormulaDelta::visit_state(visit);
+    LowRankDelta::visit_state(visit);
     if (config_.first) {
       visit(bank());
     }
   }
 
   NamedTensors file_tensors() const override {
-    NamedTensors result = FormulaDelta::file_tensors();
+    NamedTensors result = LowRankDelta::file_tensors();
     if (config_.indices_A.defined()) {
       result.emplace_back("vblora_logits_A_topk_indices", config_.indices_A);
       result.emplace_back("vblora_logits_B_topk_indices", config_.indices_B);
@@ -183,13 +157,13 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
     const bool is_cut = name.find("vblora_logits_") != std::string::npos &&
         value.isinf().any().item<bool>(); // by PEFT, when it loaded such a file
     config_.has_all_logits = config_.has_all_logits && (dry_run || !is_cut);
-    return FormulaDelta::from_file(name, value, dry_run);
+    return LowRankDelta::from_file(name, value, dry_run);
   }
 
   /// The values and settings of `other`; who has the bank stays.
   std::string take(const Delta& other, bool may_grow, bool dry_run) override {
     const Config own = config_;
-    auto misfit = FormulaDelta::take(other, may_grow, dry_run);
+    auto misfit = LowRankDelta::take(other, may_grow, dry_run);
     config_.first = own.first;
     config_.layer = own.layer;
     return misfit;
@@ -237,7 +211,7 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
   /// The pieces of A and of B.
   int64_t num_pieces() const {
     int64_t count = 0;
-    for (const auto& item : FormulaDelta::file_tensors()) {
+    for (const auto& item : LowRankDelta::file_tensors()) {
       count += item.second.dim() == 3
           ? item.second.size(0) * item.second.size(1)
           : 0;
@@ -245,7 +219,7 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
     return count;
   }
   std::string describe() const override {
-    const auto logits = FormulaDelta::file_tensors().front().second;
+    const auto logits = LowRankDelta::file_tensors().front().second;
     return "vblora r=" + std::to_string(logits.size(0));
   }
   const Config& config() const {
@@ -257,8 +231,7 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
     return name.find("_topk_indices") != std::string::npos;
   }
 
-  /// A [r, in] and B [out, r].
-  std::pair<Tensor, Tensor> factors() const {
+  void check_may_train() const {
     TORCH_CHECK(
         config_.has_all_logits || !is_training() ||
             !at::GradMode::is_enabled() ||
@@ -267,11 +240,6 @@ class VbLoraDelta final : public FormulaDelta<VbLoraDelta> {
         "be trained: all but the largest logits are gone. Call eval(), or load "
         "it with LoadOptions().is_trainable(false), to use or merge it; to "
         "train on, save with save_only_topk_weights(false)");
-    return {
-        pieces("vblora_logits_A", config_.indices_A).flatten(1),
-        pieces("vblora_logits_B", config_.indices_B)
-            .transpose(1, 2)
-            .flatten(0, 1)};
   }
 
   /// What is mixed by these logits [n, m, num_vectors]: [n, m, vector_length].
