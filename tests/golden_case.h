@@ -442,6 +442,7 @@ void write_for_peft(
            (folder / "adapter/adapter_model.safetensors").string())) {
     const bool is_frozen = item.first.rfind("base_model.vera_", 0) == 0 ||
         item.first.find("sampler.gaussian_var") != std::string::npos ||
+        item.first.find("lora_velora_embed") != std::string::npos ||
         item.first.find("sampler.expert_weights") + 22 == item.first.size() ||
         !item.second.is_floating_point(); // places
     trainable += is_frozen ? 0 : item.second.numel();

@@ -129,7 +129,6 @@ std::vector<std::pair<std::string, std::function<void()>>> fields() {
       {"layer_replication", {json::array({json::array({0, 2})})}},
       {"megatron_config", {json({{"tensor_model_parallel_size", 2}})}},
       {"use_qalora", {true}},
-      {"velora_config", {json::object(), json({{"num_groups", 4}})}},
   };
   for (const auto& item : refused) {
     rows.emplace_back(item.first, [item] {
@@ -170,6 +169,21 @@ std::vector<std::pair<std::string, std::function<void()>>> fields() {
     CHECK(contains(
         error_for("mlp", {{"r", 4}, {"kasa_config", {{"gamma", -1}}}}),
         "must not be negative"));
+  });
+  add("velora_config", [] {
+    const auto plain = load("mlp", {{"velora_config", json::object()}});
+    CHECK(plain.options().velora()->num_groups() == 64);
+    CHECK(plain.options().velora()->init_type() == "batch_average");
+    const json section = {
+        {"init_type", "random"}, {"num_groups", 4}, {"scale", 0.5}};
+    const auto loaded = load("mlp", {{"velora_config", section}});
+    CHECK(loaded.again.at("velora_config") == section);
+    CHECK(contains(
+        error_for("mlp", {{"velora_config", {{"init_type", "mean"}}}}),
+        "init_type of VeLoRA must be"));
+    CHECK(contains(
+        error_for("mlp", {{"velora_config", {{"scale", 0}}}}),
+        "num_groups and scale of VeLoRA must be positive"));
   });
   add("use_bdlora", [] {
     const json section = {

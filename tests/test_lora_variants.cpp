@@ -1,5 +1,5 @@
-// KaSA, BD-LoRA and MonteCLoRA: the formulas in float64, and what else may be
-// done with them.
+// KaSA, BD-LoRA, MonteCLoRA and VeLoRA: the formulas in float64, and what else
+// may be done with them.
 
 #include "test.h"
 
@@ -49,6 +49,11 @@ peft::LoraOptions monteclora(int64_t r = 4) {
   return peft::LoraOptions(r).alpha(6).monteclora(drawn_options());
 }
 
+peft::LoraOptions velora(int64_t r = 4) {
+  return peft::LoraOptions(r).alpha(6).velora(
+      peft::VeloraOptions().num_groups(3).scale(0.7));
+}
+
 struct Variant {
   std::string name;
   peft::LoraOptions options;
@@ -58,7 +63,8 @@ std::vector<Variant> variants(int64_t r = 4) {
       {"KaSA", kasa(r)},
       {"BD-LoRA of A", bd_lora(true, r)},
       {"BD-LoRA of B", bd_lora(false, r)},
-      {"MonteCLoRA", monteclora(r)}};
+      {"MonteCLoRA", monteclora(r)},
+      {"VeLoRA", velora(r)}};
 }
 
 peft::Adapter attach_all(
@@ -171,6 +177,9 @@ TEST_CASE("A variant's gradients are those of finite differences") {
   const Tensor direction = torch::randn({3, 6}, torch::kDouble);
   for (const auto& [name, options] : variants()) {
     for (const bool train : {false, true}) {
+      if (train && name == "VeLoRA") {
+        continue; // whose gradient of A is another
+      }
       INFO(name << ", train " << train);
       auto layer = linear();
       auto adapter = attach_all(*layer, options);
@@ -276,6 +285,69 @@ TEST_CASE("MonteCLoRA's noise has the spread that it learns") {
   REQUIRE_FALSE(torch::equal(layer(x), layer(x)));
   adapter.merge();
   REQUIRE(torch::equal(layer(x), layer(x)));
+}
+
+TEST_CASE("VeLoRA's gradient of A is that of the compressed input") {
+  // 8 inputs in 3 groups of 3: one zero is filled up.
+  const Tensor x =
+      torch::randn({2, 3, 8}, torch::kDouble).set_requires_grad(true);
+  const Tensor direction = torch::randn({2, 3, 6}, torch::kDouble);
+  for (const std::string type :
+       {"batch_average", "batch_average_once", "random"}) {
+    INFO(type);
+    auto layer = linear();
+    seed(3);
+    auto adapter = attach_all(
+        *layer,
+        velora().velora(
+            peft::VeloraOptions().num_groups(3).scale(0.7).init_type(type)));
+    move(adapter);
+    const auto e_of_file = [&] {
+      return adapter.shared_state()
+          ->sites.at(0)
+          .delta->file_tensors()
+          .at(2)
+          .second.detach()
+          .clone();
+    };
+    const Tensor drawn = e_of_file();
+    for (const double factor : {1.0, -2.0}) {
+      const Tensor input = (factor * x.detach()).set_requires_grad(true);
+      const Tensor y = layer(input);
+      const Tensor groups =
+          at::constant_pad_nd(input.detach(), {0, 1}).reshape({6, 3, 3});
+      const Tensor mean = groups.reshape({18, 3}).mean(0);
+      Tensor e = mean / mean.norm();
+      if (type == "random") {
+        e = drawn;
+      } else if (type == "batch_average_once") { // not turned by the second
+        e = factor * e / std::abs(factor);
+      }
+      REQUIRE(close(e_of_file(), e));
+      REQUIRE(close(e.norm(), torch::ones({}, torch::kDouble)));
+      const Tensor kept = torch::matmul(groups, e);
+      const Tensor seen = (kept.unsqueeze(-1) * e).flatten(1).slice(1, 0, 8);
+      const Tensor A = own(adapter, "lora_A.weight");
+      const Tensor B = own(adapter, "lora_B.weight");
+      const Tensor g = direction.reshape({6, 6});
+      const auto parameters = adapter.named_parameters();
+      const auto ours = torch::autograd::grad(
+          {(y * direction).sum()},
+          {parameters["lora_A.weight"], parameters["lora_B.weight"], input});
+      REQUIRE(close(ours[0], 1.5 * 0.7 * torch::mm(torch::mm(g, B).t(), seen)));
+      const Tensor h = torch::matmul(input.detach(), A.t()).reshape({6, 4});
+      REQUIRE(close(ours[1], 1.5 * torch::mm(g.t(), h)));
+      REQUIRE(close(
+          ours[2], torch::matmul(direction, peft::effective(layer->weight))));
+    }
+  }
+  // A batch of zeros gives every input the same weight.
+  auto layer = linear();
+  auto adapter = attach_all(*layer, velora());
+  layer(torch::zeros({2, 8}, torch::kDouble));
+  REQUIRE(close(
+      adapter.shared_state()->sites.at(0).delta->file_tensors().at(2).second,
+      torch::full({3}, 1 / std::sqrt(3.0), torch::kDouble)));
 }
 
 TEST_CASE("KaSA's dropout leaves what is taken off alone") {
@@ -458,6 +530,23 @@ TEST_CASE("What KaSA takes off is kept beside its weights") {
       close(peft::effective(other->weight), peft::effective(layer->weight)));
 }
 
+TEST_CASE("KaSA takes nothing off that another adapter merged") {
+  const TemporaryDirectory folder;
+  auto layer = linear();
+  const Tensor W = layer->weight.detach().clone();
+  auto first = attach_all(*layer, peft::LoraOptions(4), "first");
+  auto second = attach_all(*layer, kasa());
+  move(first);
+  peft::save(second, folder / "adapter");
+  // As PEFT's files are: what is taken off is made of the base.
+  std::filesystem::remove(folder / "adapter/libpeft_training.safetensors");
+  first.merge();
+  peft::hotswap_adapter(*layer, folder / "adapter");
+  first.unmerge();
+  first.disable();
+  REQUIRE(close(peft::effective(layer->weight), formula("KaSA", second, W)));
+}
+
 TEST_CASE("A variant becomes a LoRA by its change") {
   for (const auto& [name, options] : variants(2)) {
     INFO(name);
@@ -480,6 +569,23 @@ TEST_CASE("A variant becomes a LoRA by its change") {
          {"kasa_config", "use_bdlora", "monteclora_config"}) {
       REQUIRE_FALSE(config.has(field));
     }
+  }
+}
+
+TEST_CASE("What is for plain LoRA refuses its variants") {
+  for (const auto& [name, options] : variants()) {
+    INFO(name);
+    auto layer = linear();
+    auto adapter = attach_all(*layer, options);
+    REQUIRE(contains(
+        error_of([&] { peft::LoraFaStep step(adapter); }),
+        "is " + name.substr(0, name.find(' ')) + ", which has another"));
+    adapter.detach();
+    auto named = options;
+    named.targets(peft::Targets::all_linear());
+    REQUIRE(contains(
+        error_of([&] { peft::attach(*layer, peft::Gated(named)); }),
+        "gates on a site without input"));
   }
 }
 
@@ -541,6 +647,7 @@ TEST_CASE("A variant's values are swapped in place") {
     };
     auto wider = name == "KaSA" ? kasa(4)
         : name == "MonteCLoRA"  ? monteclora(4)
+        : name == "VeLoRA"      ? velora(4)
                                 : bd_lora(name == "BD-LoRA of A", 4);
     REQUIRE(contains(refused(wider.targets({"fc1", "fc2"})), "has shape"));
     auto fewer = some;
@@ -631,7 +738,7 @@ TEST_CASE("Variants say what they are not for") {
         "an explicit layer takes no"));
 
     networks::Gpt2Mlp gpt2;
-    if (name != "MonteCLoRA") {
+    if (name != "MonteCLoRA" && name != "VeLoRA") {
       auto o = options;
       REQUIRE(contains(
           attach_error(gpt2, o.targets(peft::Targets({"c_fc"}))),

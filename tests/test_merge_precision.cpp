@@ -84,6 +84,17 @@ std::vector<Method> every_method() {
   add("rsLoRA", lora(all).rslora(true));
   add("LoRA with biases", lora({"linear", "conv"}).lora_bias(true).bias("all"));
   add("DoRA", lora({"linear", "turned", "conv", "table"}).dora(true));
+  add("KaSA", lora({"linear"}).kasa(peft::KasaOptions()).dropout(0.5));
+  const auto blocks = peft::BdLoraOptions().nblocks(2);
+  add("BD-LoRA of A",
+      lora({"linear"})
+          .bd_lora(
+              peft::BdLoraOptions(blocks).target_modules_bd_a({"linear"})));
+  add("BD-LoRA of B",
+      lora({"linear"})
+          .bd_lora(
+              peft::BdLoraOptions(blocks).target_modules_bd_b({"linear"})));
+  add("VeLoRA", lora(matrices).velora(peft::VeloraOptions().num_groups(5)));
   add("AdaLoRA", peft::AdaLoraOptions(10).init_r(4).targets(matrices));
   add("VeRA", peft::VeraOptions(6).targets(matrices));
   add("VB-LoRA",

@@ -1,4 +1,4 @@
-"""Writes data/lora_variants/: KaSA, BD-LoRA and MonteCLoRA as HF PEFT has them, and what it computes.
+"""Writes data/lora_variants/: KaSA, BD-LoRA, MonteCLoRA and VeLoRA as HF PEFT has them, and what it computes.
 
     pip install -r requirements.txt
     python make_lora_variants.py [CASE ...]
@@ -44,6 +44,10 @@ def bd(a=None, b=None, nblocks=2, strict=True):
     )
 
 
+def velora(init_type, **more):
+    return dict(velora_config=peft.VeloraConfig(**{"num_groups": 4, "init_type": init_type, **more}))
+
+
 def drawn(**more):
     return dict(monteclora_config=peft.MontecloraConfig(**{**DRAWN, **more}))
 
@@ -76,6 +80,16 @@ CASES = [
     Case("monteclora_gpt2", "gpt2_mlp", dict(
         r=2, lora_alpha=8, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True, **drawn()),
         train=True),
+    Case("velora", "mlp", dict(FC, **velora("batch_average", scale=0.7)), train=True,
+         note="of 10 inputs in 4 groups two are filled up"),
+    Case("velora_once", "mlp", dict(
+        FC, lora_bias=True, modules_to_save=["head"], **velora("batch_average_once")), train=True),
+    Case("velora_random", "mlp", dict(FC, use_rslora=True, **velora("random")), train=True),
+    Case("velora_dropout", "mlp", dict(FC, lora_dropout=0.2, **velora("batch_average")), train=True),
+    Case("velora_gpt2", "gpt2_mlp", dict(
+        r=2, lora_alpha=8, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True,
+        **velora("batch_average", num_groups=3)), train=True),
+    Case("velora_eval", "mlp", dict(FC, **velora("batch_average")), note="plain LoRA in evaluation"),
 ]
 
 
@@ -121,7 +135,7 @@ def effective_parameters(network, base, config, adapter):
                 weight - weight @ minor @ minor.T + scale * b @ torch.diag(d) @ a
             )
         else:
-            n = config["use_bdlora"]["nblocks"]
+            n = (config["use_bdlora"] or {"nblocks": 1})["nblocks"]
             if a.shape[1] != weight.shape[1]:
                 a = torch.block_diag(*a.split(r // n))
             if b.shape[1] != r:
@@ -182,7 +196,7 @@ def add_penalty(one):
     if one.train:
         model = make_lora.load_adapter(one, folder / "adapter").eval()
         numbers["evaluated"] = make_lora.networks.run(model, make_lora.network_inputs(one)).detach()
-    if one.base_dtype == torch.float32 and "use_bdlora" not in config:
+    if one.base_dtype == torch.float32 and ("kasa_config" in config or "monteclora_config" in config):
         model = make_lora.load_adapter(one, folder / "adapter")
         if "kasa_config" in config:
             loss = model._get_kasa_loss()
@@ -206,6 +220,7 @@ INITIAL = [
     Case("init_bd_lora", "mlp", dict(FC, **bd(["fc1"], ["fc2"]))),
     Case("init_bd_lora_random", "mlp", dict(FC, init_lora_weights=False, **bd(["fc1"], ["fc2"]))),
     Case("init_bd_lora_bfloat16", "mlp", dict(FC, **bd(["fc1"], ["fc2"])), **BF16),
+    Case("init_velora", "mlp", dict(FC, **velora("random"))),
     Case("init_monteclora", "mlp", dict(
         FC, init_lora_weights=False, **drawn(num_samples=4, sample_scaler=0.05, buffer_size=3))),
 ]

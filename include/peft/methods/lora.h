@@ -13,7 +13,7 @@
 #include <peft/methods/lora/delta.h> // A and B at one weight
 #include <peft/methods/lora/init.h> // what they start as: PiSSA, OLoRA
 #include <peft/methods/lora/dora.h> // and a magnitude for each output
-#include <peft/methods/lora/variants.h> // KaSA, BD-LoRA, MonteCLoRA
+#include <peft/methods/lora/variants.h> // KaSA, BD-LoRA, MonteCLoRA ...
 #include <peft/methods/lora/placement.h> // which weights
 #include <peft/methods/lora/layer.h> // Lora<torch::nn::Linear>
 

@@ -11,6 +11,7 @@
 #include <ATen/ATen.h>
 #include <torch/optim/optimizer.h>
 
+#include <any>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -37,6 +38,15 @@ class LoraFaStep {
   /// starts as zero, and DoRA's gradient is another: both are refused.
   explicit LoraFaStep(const Adapter& adapter) : adapter_(adapter) {
     adapter.name(); // an empty or detached handle is an error
+    const auto* options =
+        std::any_cast<LoraOptions>(&adapter.shared_state()->options);
+    TORCH_CHECK(
+        options == nullptr || detail::variant_of(*options).empty(),
+        "peft: LoRA-FA projects the gradient of W + s · B A, and adapter '",
+        adapter.name(),
+        "' is ",
+        options == nullptr ? "" : detail::variant_of(*options),
+        ", which has another; take an optimizer of torch's");
     for (const auto& site : adapter.shared_state()->sites) {
       TORCH_CHECK(
           std::dynamic_pointer_cast<DoraDelta>(site.delta) == nullptr,

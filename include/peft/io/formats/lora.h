@@ -88,10 +88,8 @@ class LoraFormat final : public AdapterFormat {
         refuse(field);
       }
     }
-    for (const char* section : {"arrow_config", "velora_config"}) {
-      if (config.has(section)) {
-        refuse(section);
-      }
+    if (config.has("arrow_config")) {
+      refuse("arrow_config");
     }
   }
 

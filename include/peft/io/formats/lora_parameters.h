@@ -50,6 +50,11 @@ inline std::optional<LoraShape> lora_shape(const Delta& delta) {
         *drawn,
         drawn->is_transposed() ? LoraLayout::transposed : LoraLayout::matrix);
   }
+  if (const auto* velora = dynamic_cast<const VeloraDelta*>(&delta)) {
+    return shape(
+        *velora,
+        velora->is_transposed() ? LoraLayout::transposed : LoraLayout::matrix);
+  }
   return std::nullopt;
 }
 inline std::optional<LoraLayout> lora_layout(const SiteRecord& site) {

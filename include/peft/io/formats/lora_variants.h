@@ -1,7 +1,7 @@
 #pragma once
 
 // The sections of HF PEFT's LoraConfig that choose a variant of LoRA:
-// kasa_config, use_bdlora, monteclora_config.
+// kasa_config, use_bdlora, monteclora_config, velora_config.
 
 #include <peft/io/formats/format.h>
 #include <peft/methods/lora/options.h>
@@ -55,6 +55,14 @@ inline void read_variants(const AdapterConfig& config, LoraOptions& o) {
             .kl_loss_weight(c.get<double>("kl_loss_weight", d.kl_loss_weight()))
             .buffer_size(c.get<int64_t>("buffer_size", d.buffer_size())));
   }
+  if (has_section(config, "velora_config")) {
+    const auto c = config.section("velora_config");
+    const VeloraOptions d;
+    o.velora(VeloraOptions()
+                 .num_groups(c.get<int64_t>("num_groups", d.num_groups()))
+                 .scale(c.get<double>("scale", d.scale()))
+                 .init_type(c.get<std::string>("init_type", d.init_type())));
+  }
 }
 
 /// Into sections that keep what they have besides.
@@ -89,6 +97,13 @@ inline void write_variants(const LoraOptions& o, AdapterConfig& config) {
         .set("kl_loss_weight", drawn->kl_loss_weight())
         .set("buffer_size", drawn->buffer_size());
     config.set("monteclora_config", c);
+  }
+  if (const auto& velora = o.velora()) {
+    auto c = config.section("velora_config");
+    c.set("num_groups", velora->num_groups())
+        .set("scale", velora->scale())
+        .set("init_type", velora->init_type());
+    config.set("velora_config", c);
   }
 }
 

@@ -20,6 +20,7 @@
 #include <peft/core/adapter.h>
 #include <peft/methods/low_rank_delta.h>
 
+#include <c10/core/InferenceMode.h>
 #include <torch/arg.h>
 
 #include <limits>

@@ -4,6 +4,7 @@
 #include <peft/methods/lora/bd_lora.h>
 #include <peft/methods/lora/kasa.h>
 #include <peft/methods/lora/monteclora.h>
+#include <peft/methods/lora/velora.h>
 
 #include <torch/arg.h>
 
@@ -102,8 +103,10 @@ struct LoraOptions {
   TORCH_ARG(std::optional<KasaOptions>, kasa);
   /// use_bdlora (methods/lora/bd_lora.h),
   TORCH_ARG(std::optional<BdLoraOptions>, bd_lora);
-  /// and monteclora_config (methods/lora/monteclora.h).
+  /// monteclora_config (methods/lora/monteclora.h),
   TORCH_ARG(std::optional<MonteCloraOptions>, monteclora);
+  /// and velora_config (methods/lora/velora.h).
+  TORCH_ARG(std::optional<VeloraOptions>, velora);
 };
 
 namespace detail {
@@ -150,17 +153,18 @@ inline std::string variant_of(const LoraOptions& options) {
   return options.kasa()      ? "KaSA"
       : options.bd_lora()    ? "BD-LoRA"
       : options.monteclora() ? "MonteCLoRA"
+      : options.velora()     ? "VeLoRA"
                              : "";
 }
 
-/// What goes with KaSA, BD-LoRA and MonteCLoRA, and their own numbers.
+/// What goes with KaSA, BD-LoRA, MonteCLoRA and VeLoRA, and their own numbers.
 inline void check_variant(const LoraOptions& options) {
   const std::string name = variant_of(options);
   if (name.empty()) {
     return;
   }
   const int chosen = (options.kasa() ? 1 : 0) + (options.bd_lora() ? 1 : 0) +
-      (options.monteclora() ? 1 : 0);
+      (options.monteclora() ? 1 : 0) + (options.velora() ? 1 : 0);
   const char* other = chosen > 1                 ? "another variant"
       : options.dora()                           ? "dora"
       : !options.enable_lora().empty()           ? "enable_lora"
@@ -206,6 +210,22 @@ inline void check_variant(const LoraOptions& options) {
         o->buffer_size(),
         " and ",
         o->dirichlet_prior());
+  }
+  if (const auto& o = options.velora()) {
+    TORCH_CHECK_VALUE(
+        o->num_groups() > 0 && o->scale() > 0,
+        "peft: num_groups and scale of VeLoRA must be positive, got ",
+        o->num_groups(),
+        " and ",
+        o->scale());
+    TORCH_CHECK_VALUE(
+        o->init_type() == "batch_average" ||
+            o->init_type() == "batch_average_once" ||
+            o->init_type() == "random",
+        "peft: init_type of VeLoRA must be 'batch_average', "
+        "'batch_average_once' or 'random', got '",
+        o->init_type(),
+        "'");
   }
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
 // The variants of LoRA that keep other tensors than A and B as HF PEFT's files
-// of LoRA have them: KaSA, BD-LoRA, MonteCLoRA. All are for matrices of linear
-// layers. A and B start as LoRA's.
+// of LoRA have them: KaSA, BD-LoRA, MonteCLoRA, VeLoRA. All are for matrices of
+// linear layers. A and B start as LoRA's.
 
 #include <peft/core/network.h>
 #include <peft/methods/lora/bd_lora.h>
@@ -10,6 +10,9 @@
 #include <peft/methods/lora/kasa.h>
 #include <peft/methods/lora/monteclora.h>
 #include <peft/methods/lora/options.h>
+#include <peft/methods/lora/velora.h>
+
+#include <c10/core/InferenceMode.h>
 
 #include <memory>
 #include <string>
@@ -38,7 +41,7 @@ inline void check_variant_place(
       layer.type,
       "'s (HF PEFT refuses it too); leave it out of the targets");
   TORCH_CHECK_VALUE(
-      layout == LoraLayout::matrix || options.monteclora(),
+      layout == LoraLayout::matrix || options.monteclora() || options.velora(),
       "peft: ",
       name,
       " is for weights [out, in], and '",
@@ -128,6 +131,21 @@ inline std::shared_ptr<Delta> make_variant_delta(
         BdLoraDelta::NamedTensors{
             {"lora_A.weight", parameter(is_in_a ? blocks : A)},
             {"lora_B.weight", parameter(is_in_a ? B : blocks)}});
+  }
+  if (options.velora()) {
+    auto delta = std::make_shared<VeloraDelta>(
+        VeloraDelta::Config{
+            scale.scaling, options.dropout(), *options.velora()},
+        VeloraDelta::NamedTensors{
+            {"lora_A.weight", parameter(A)}, {"lora_B.weight", parameter(B)}},
+        is_transposed);
+    if (options.velora()->init_type() == "random") {
+      const int64_t n = options.velora()->num_groups();
+      const auto dtype = torch::TensorOptions(weight.scalar_type());
+      delta->set_direction(
+          velora_direction(torch::randn({(in + n - 1) / n}, dtype)));
+    }
+    return delta;
   }
   const auto& monteclora = *options.monteclora();
   const auto own = torch::TensorOptions(weight.scalar_type());
