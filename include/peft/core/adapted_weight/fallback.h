@@ -423,7 +423,7 @@ inline void fallback(
         return base_of(t);
       }
       const AdaptedMeta& meta = *tag_of(t);
-      values.emplace_back(value_of(t, meta, /*may_keep=*/true), meta.site);
+      values.emplace_back(value_of(t, meta, {/*may_keep=*/true}), meta.site);
       return values.back().first;
     });
   }

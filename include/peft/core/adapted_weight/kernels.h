@@ -44,9 +44,6 @@ inline bool acts_at(const std::optional<Tensor>& t) {
       !participants(*meta->site, root, /*outputs=*/true).empty();
 }
 
-/// Numbers in a weight that is worth the look-up.
-constexpr int64_t kLeastKept = 4096;
-
 /// Whether evaluation had better fold the deltas into a weight that it keeps:
 /// where they cost over an eighth of the base's product, in operations and, on
 /// few rows, in bytes read alike. A copy of the weight is the price. Where a
@@ -121,7 +118,7 @@ inline Tensor guard_result(Tensor y, const Tensor& w) {
 /// The plain tensor to hand to the base operator: the value, except that a
 /// weight without an active adapter is the base itself, with no copy behind a
 /// barrier (guard_result puts the barrier behind the output instead).
-inline Tensor operand(const Tensor& t) {
+inline Tensor operand(const Tensor& t, bool may_be_wide = false) {
   auto* meta = tag_of(t);
   if (meta == nullptr) {
     return t;
@@ -129,7 +126,26 @@ inline Tensor operand(const Tensor& t) {
   if (meta->site->active(root_of(t, *meta)).empty()) {
     return base_of(t);
   }
-  return value_of(t, *meta, /*may_keep=*/true);
+  return value_of(t, *meta, {/*may_keep=*/true, may_be_wide});
+}
+
+/// `run(x, value of w, bias)`. A value in a wider dtype than a base of half
+/// precision is multiplied as it is, and the result is rounded: rounding the
+/// weight first costs more than all other roundings where ΔW is large.
+template <class Run>
+Tensor run_exactly(
+    const Tensor& x,
+    const Tensor& w,
+    const std::optional<Tensor>& bias,
+    const Run& run) {
+  const auto dtype = w.scalar_type();
+  const Tensor value = operand(w, /*may_be_wide=*/x.scalar_type() == dtype);
+  const auto wide = value.scalar_type();
+  Tensor y = wide == dtype
+      ? run(x, value, bias)
+      : run(x.to(wide), value, bias && bias->defined() ? bias->to(wide) : bias)
+            .to(dtype);
+  return guard_result(std::move(y), w);
 }
 
 /// An operator with a bias, `run(input, bias)`; where rows of a mixed batch
@@ -162,7 +178,7 @@ inline Tensor linear_kernel(
     return y.defined()
         ? y
         : run_with_value(input, w, /*features=*/1, [&](const Tensor& rows) {
-            return guard_result(at::linear(rows, operand(w), b), w);
+            return run_exactly(rows, w, b, at::linear);
           });
   };
   return run_with_bias(plain(x), w, bias, -1, run);
@@ -175,9 +191,13 @@ adapted_product(const Tensor& input, const Tensor& w, bool is_mm) {
   return y.defined()
       ? y
       : run_with_value(input, w, /*features=*/1, [&](const Tensor& rows) {
-          return guard_result(
-              is_mm ? at::mm(rows, operand(w)) : at::matmul(rows, operand(w)),
-              w);
+          return run_exactly(
+              rows,
+              w,
+              std::nullopt,
+              [&](const Tensor& a, const Tensor& value, const auto& /*bias*/) {
+                return is_mm ? at::mm(a, value) : at::matmul(a, value);
+              });
         });
 }
 
@@ -212,7 +232,13 @@ inline Tensor addmm_kernel(
     return y.defined()
         ? y
         : run_with_value(rows, w, /*features=*/1, [&](const Tensor& own) {
-            return guard_result(at::addmm(*b, own, operand(w)), w);
+            return run_exactly(
+                own,
+                w,
+                b,
+                [](const Tensor& a, const Tensor& value, const auto& bias) {
+                  return at::addmm(*bias, a, value);
+                });
           });
   };
   return run_with_bias(input, w, bias, -1, run);
@@ -312,8 +338,13 @@ inline Tensor adapted_convolution(
       }
     }
     return run_with_value(input, w, w.dim() - 1, [&](const Tensor& rows) {
-      return guard_result(
-          functional::convolution(rows, operand(w), b, args), w);
+      return run_exactly(
+          rows,
+          w,
+          b,
+          [&](const Tensor& a, const Tensor& value, const auto& bias) {
+            return functional::convolution(a, value, bias, args);
+          });
     });
   };
   return run_with_bias(plain(x), w, bias, /*channel=*/1, run);

@@ -100,14 +100,24 @@ changed_by(const ActiveEntries& active, const Tensor& weight, Step&& step) {
     value = step(*entry.delta, value, entry.scale);
   }
   refuse_optimised_torchscript(value);
-  return value.to(weight.scalar_type());
+  return value;
 }
 
+/// Numbers in a weight that is worth the look-up.
+constexpr int64_t kLeastKept = 4096;
+
+/// How the caller takes a value. Without gradients it may be kept for the next
+/// call, if nothing is handed out that shares its memory.
+struct Reading {
+  bool may_keep = false;
+  /// Whether a value in a wider dtype than the base's half precision will do.
+  bool may_be_wide = false;
+};
+
 /// The weight that `site` makes of the plain tensor `weight`, which has the
-/// orientation it had at attach. Without gradients the caller `may_keep` it for
-/// the next call, if it hands out nothing that shares its memory.
+/// orientation it had at attach.
 inline Tensor
-apply_deltas(const Site& site, const Tensor& weight, bool may_keep = false) {
+apply_deltas(const Site& site, const Tensor& weight, Reading reading = {}) {
   TORCH_CHECK(
       weight.sizes() == at::IntArrayRef(site.sizes),
       "peft: an adapted weight changed its shape from ",
@@ -122,30 +132,44 @@ apply_deltas(const Site& site, const Tensor& weight, bool may_keep = false) {
         : guard_merged(weight.clone(), site);
   }
   const bool training = at::GradMode::is_enabled();
+  // A large weight that evaluation keeps is rounded, as a merged one is; so are
+  // copies that train in the base's place.
+  const bool is_wide = c10::isReducedFloatingType(weight.scalar_type()) &&
+      (training || weight.numel() < kLeastKept) &&
+      std::any_of(active.begin(), active.end(), [](const ActiveEntry& entry) {
+                         return !entry.delta->replaces_base();
+                       });
+  const auto as_read = [&](const Tensor& value) {
+    return reading.may_be_wide ? value : value.to(weight.scalar_type());
+  };
   Recipe recipe;
   if (training) {
     site.kept.drop();
-  } else if (may_keep) {
+  } else if (reading.may_keep) {
     recipe = recipe_of(weight, active);
-    Tensor kept = site.kept.find(recipe);
+    const Tensor kept = site.kept.find(recipe);
     if (kept.defined()) {
-      return kept;
+      return as_read(kept);
     }
   }
-  const Tensor value = changed_by(
+  Tensor value = changed_by(
       active, weight, [](const Delta& delta, const Tensor& w, double scale) {
         return delta.effective(w, scale);
       });
-  if (may_keep && !training) {
+  value = is_wide ? value : value.to(weight.scalar_type());
+  if (reading.may_keep && !training) {
     site.kept.offer(std::move(recipe), value);
   }
-  return guard_beside(value, weight, site);
+  return guard_beside(as_read(value), weight, site);
 }
 
 /// One matrix of the stack that `site` makes of `stack`. In training it is made
 /// alone where it can be: a loop over experts reads each of them once.
-inline Tensor
-matrix_of(const Site& site, const Tensor& stack, int64_t index, bool may_keep) {
+inline Tensor matrix_of(
+    const Site& site,
+    const Tensor& stack,
+    int64_t index,
+    Reading reading) {
   const ActiveEntries active = site.active(stack);
   const bool alone = at::GradMode::is_enabled() && !active.empty() &&
       stack.sizes() == at::IntArrayRef(site.sizes) &&
@@ -153,7 +177,7 @@ matrix_of(const Site& site, const Tensor& stack, int64_t index, bool may_keep) {
                        return entry.delta->has_matrices();
                      });
   if (!alone) {
-    return apply_deltas(site, stack, may_keep).select(0, index);
+    return apply_deltas(site, stack, reading).select(0, index);
   }
   site.kept.drop();
   Tensor value = changed_by(
@@ -162,23 +186,24 @@ matrix_of(const Site& site, const Tensor& stack, int64_t index, bool may_keep) {
       [index](const Delta& delta, const Tensor& w, double scale) {
         return delta.effective_matrix(w, index, scale);
       });
-  return guard_beside(std::move(value), stack, site);
+  return guard_beside(
+      reading.may_be_wide ? value : value.to(stack.scalar_type()), stack, site);
 }
 
 /// The value of a tagged tensor, as a plain one. Call it with the key excluded.
 inline Tensor
-value_of(const Tensor& t, const AdaptedMeta& meta, bool may_keep = false) {
+value_of(const Tensor& t, const AdaptedMeta& meta, Reading reading = {}) {
   const std::shared_ptr<Site> site = meta.site;
   Tensor value;
   if (meta.view) {
     value = meta.view(
         meta.stack_index
-            ? matrix_of(*site, meta.root, *meta.stack_index, may_keep)
-            : apply_deltas(*site, meta.root, may_keep));
+            ? matrix_of(*site, meta.root, *meta.stack_index, reading)
+            : apply_deltas(*site, meta.root, reading));
   } else if (meta.transposed) {
-    value = apply_deltas(*site, base_of(t).t(), may_keep).t();
+    value = apply_deltas(*site, base_of(t).t(), reading).t();
   } else {
-    value = apply_deltas(*site, base_of(t), may_keep);
+    value = apply_deltas(*site, base_of(t), reading);
   }
   if (!meta.cut) {
     return value;
