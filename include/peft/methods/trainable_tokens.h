@@ -73,7 +73,12 @@ class TrainableTokensDelta final : public FormulaDelta<TrainableTokensDelta> {
     // [found]: place in the batch, and which of the tokens.
     const Tensor found = ids.unsqueeze(1).eq(tokens).nonzero();
     const Tensor places = found.select(1, 0), which = found.select(1, 1);
-    Tensor rows = tensor("trainable_tokens_delta", y).index_select(0, which);
+    // As the base's rows: a token that stands there n times counts once.
+    Tensor rows = at::embedding(
+        tensor("trainable_tokens_delta", y),
+        which,
+        /*padding_idx=*/-1,
+        call.scale_grad_by_freq);
     if (call.padding_idx >= 0) { // no gradient, as the base's row
       const Tensor is_padding =
           tokens.index_select(0, which).eq(call.padding_idx).unsqueeze(1);
@@ -165,7 +170,7 @@ inline std::shared_ptr<TrainableTokensDelta> make_tokens_delta(
   const Tensor rows = torch::tensor(tokens, torch::kLong);
   const Tensor start = init_weights
       ? base(weight).index_select(0, rows.to(weight.device()))
-      : torch::randn({rows.numel(), weight.size(1)});
+      : torch::randn({rows.numel(), weight.size(1)}, weight.scalar_type());
   return std::make_shared<TrainableTokensDelta>(
       TrainableTokensDelta::Config{rows},
       TrainableTokensDelta::NamedTensors{

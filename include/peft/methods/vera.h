@@ -78,6 +78,10 @@ class VeraProjections {
   const Tensor& B() const {
     return B_;
   }
+  /// As in HF a draw has the precision of the weights that it is for.
+  void round(at::ScalarType dtype) {
+    set(A_.to(dtype), B_.to(dtype));
+  }
   /// Takes those of a file.
   void set(const Tensor& A, const Tensor& B) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -203,12 +207,16 @@ inline Plan plan(const VeraOptions& options, const Network& network) {
   check_bias(options.bias(), "vera_only");
   const TunerRules rules{"VeRA"};
   int64_t in = 0, out = 0;
-  for (const auto& w : tuner_weights(options, network, rules)) {
+  const auto weights = tuner_weights(options, network, rules);
+  for (const auto& w : weights) {
     in = std::max(in, w.in_features());
     out = std::max(out, w.out_features());
   }
   const auto shared = VeraProjections::draw(
       options.r(), in, out, options.projection_prng_key());
+  for (const auto& w : weights) {
+    shared->round(w.weight.scalar_type());
+  }
   Plan result;
   result.method = "VERA";
   result.options = options;

@@ -188,9 +188,11 @@ inline void write_targets(
   }
 }
 
-/// Those of `names` that the network has. HF lists what a classification head
-/// may be called ("classifier", "score"), whatever the network calls it; keys
-/// of a module that is not there are still unexpected.
+/// The modules of the network that HF's modules_to_save means: those whose
+/// names end in one of `names`, at a dot or not ("classifier" is
+/// "pre_classifier" too). HF lists what a classification head may be called,
+/// whatever the network calls it; keys of a module that is not there are still
+/// unexpected.
 inline std::vector<std::string> modules_in(
     const Network& network,
     std::vector<std::string> names) {
@@ -200,8 +202,20 @@ inline std::vector<std::string> modules_in(
           return is_inside(layer.name, {name});
         });
   };
+  std::vector<std::string> longer;
+  for (const auto& layer : network) {
+    for (const auto& name : names) {
+      const bool ends = !name.empty() && layer.name.size() > name.size() &&
+          layer.name.compare(
+              layer.name.size() - name.size(), name.size(), name) == 0;
+      if (ends && !is_inside(layer.name, names)) {
+        longer.push_back(layer.name);
+      }
+    }
+  }
   names.erase(
       std::remove_if(names.begin(), names.end(), is_absent), names.end());
+  names.insert(names.end(), longer.begin(), longer.end());
   return names;
 }
 
@@ -211,16 +225,20 @@ inline bool names_modules(const Targets& targets, const AdapterState& adapter) {
     return false;
   }
   for (const auto& site : adapter.sites) {
-    if (site.file_prefix.find(".base_layer.out_proj") != std::string::npos) {
-      return false; // HF wants the attention named
-    }
+    const auto infix = site.file_prefix.find(".base_layer.out_proj");
+    const bool is_in_attention = infix != std::string::npos;
+    const std::string module =
+        is_in_attention ? site.file_prefix.substr(0, infix) : site.name;
+    bool is_named = false;
     for (const auto& name : targets.names()) {
-      const bool parameter =
-          Targets::name_matches(site.parameters.front(), name) &&
-          !Targets::name_matches(site.name, name);
-      if (parameter) {
+      const bool named = Targets::name_matches(module, name);
+      if (!named && Targets::name_matches(site.parameters.front(), name)) {
         return false;
       }
+      is_named = is_named || named;
+    }
+    if (is_in_attention && !is_named) {
+      return false; // HF wants the attention named
     }
   }
   return true;

@@ -7,6 +7,7 @@
 #include <peft/io/formats/format.h>
 #include <peft/methods/any_options.h>
 
+#include <algorithm>
 #include <any>
 #include <map>
 #include <string>
@@ -34,6 +35,22 @@ void write_pattern(
   }
 }
 
+/// Those of layers_to_transform that have a target: PEFT's files may name more.
+template <class Options>
+std::vector<int64_t> layers_in(const Network& network, Options options) {
+  const auto all = options.layers();
+  std::vector<int64_t> result;
+  for (const auto index : all) {
+    options.layers({index});
+    if (std::any_of(network.begin(), network.end(), [&](const Layer& layer) {
+          return is_wanted(options, layer.name, layer);
+        })) {
+      result.push_back(index);
+    }
+  }
+  return result.empty() ? all : result;
+}
+
 /// What one tuner adds to the fields that all share.
 template <class Options, class D>
 class TunerFormat : public AdapterFormat {
@@ -58,6 +75,7 @@ class TunerFormat : public AdapterFormat {
     read_own(config, o);
     Options here = o;
     here.modules_to_save(modules_in(network, o.modules_to_save()));
+    here.layers(layers_in(network, o));
     Plan result = make_plan(here, config, network);
     result.options = std::move(o);
     return result;

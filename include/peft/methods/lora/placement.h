@@ -11,6 +11,7 @@
 #include <peft/methods/tuner_targets.h>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -77,6 +78,9 @@ class LoraPlanner {
         adapted_,
         options_.modules_to_save(),
         sites_);
+    // What adds to a bias comes after the copy that takes its place.
+    std::move(
+        bias_sites_.begin(), bias_sites_.end(), std::back_inserter(sites_));
     plan_modules_to_save(network_, options_.modules_to_save(), sites_);
     return std::move(sites_);
   }
@@ -309,7 +313,7 @@ class LoraPlanner {
     const auto where =
         torch::TensorOptions(bias.device()).dtype(adapter_dtype(bias));
     Tensor initial = torch::zeros(bias.sizes(), where);
-    sites_.push_back(
+    bias_sites_.push_back(
         {layer.path("bias"),
          layer.path("bias"),
          prefix,
@@ -368,7 +372,7 @@ class LoraPlanner {
   const Network& network_;
   bool is_from_file_;
   std::vector<std::string> pattern_names_, parameter_names_;
-  std::vector<PlannedSite> sites_;
+  std::vector<PlannedSite> sites_, bias_sites_;
   std::vector<const Layer*> adapted_;
 };
 
