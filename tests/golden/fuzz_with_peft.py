@@ -41,6 +41,28 @@ class Node(nn.Module):
     """A container without a forward of its own."""
 
 
+class Linear(nn.Linear):
+    """In half precision as LibTorch's: it rounds before it adds the bias to more than two dimensions."""
+
+    def forward(self, x):
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if half and x.dim() != 2 and self.bias is not None:
+            return torch.matmul(x, self.weight.t()) + self.bias
+        return super().forward(x)
+
+
+class Experts(nn.Module):
+    """Matrices [experts, out, in] whose products it adds up."""
+
+    def __init__(self, experts, inputs, outputs):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(experts, outputs, inputs) / math.sqrt(inputs))
+
+    def forward(self, x):
+        x = torch.matmul(x.unsqueeze(-2).unsqueeze(-3), self.stack.transpose(1, 2))
+        return x.squeeze(-2).sum(-2)
+
+
 class Net(nn.Module):
     def __init__(self, layers):
         super().__init__()
@@ -74,11 +96,16 @@ class Net(nn.Module):
 def build_layer(layer):
     kind = layer["kind"]
     if kind == "linear":
-        return nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
+        return Linear(layer["in"], layer["out"], bias=layer["bias"])
     if kind == "hf_conv1d":
         return Conv1D(layer["out"], layer["in"])
     if kind == "embedding":
-        return nn.Embedding(layer["rows"], layer["width"], padding_idx=layer.get("padding_idx"))
+        return nn.Embedding(
+            layer["rows"], layer["width"], padding_idx=layer.get("padding_idx"),
+            scale_grad_by_freq=layer.get("scale_grad_by_freq", False),
+        )
+    if kind == "experts":
+        return Experts(layer["experts"], layer["in"], layer["out"])
     if kind == "mha":
         return nn.MultiheadAttention(
             layer["width"], layer["heads"], bias=layer["bias"],
@@ -103,7 +130,8 @@ def build_layer(layer):
 
 WORDS = (
     "query key value q_proj k_proj v_proj o_proj dense fc fc1 c_attn c_fc c_proj proj lin conv conv1 "
-    "conv_in to_q to_v wi_0 wo up down gate_proj in_layers q v Wq linear_1 attn2"
+    "conv_in to_q to_v wi_0 wo up down gate_proj in_layers q v Wq linear_1 attn2 weight_proj bias_net "
+    "lora_A lora base_layer2 default adapter weight1 _q Q2_K a 0_1 modules_to_save_x w.w parametrizations"
 ).split()
 STYLES = [
     lambda i, word: f"encoder.layer.{i}.{word}",
@@ -121,12 +149,19 @@ STYLES = [
     lambda i, word: f"features.{10 + i}.{word}",
     lambda i, word: f"net.lora.{i}.{word}",
     lambda i, word: f"layers.{i}.experts.{i % 2}.{word}",
+    lambda i, word: f"a.a.a.{i}.a.{word}.{word}",
+    lambda i, word: f"m{i}_{i}.{i}.{word}_{i}.weight_norm",
+    lambda i, word: f"layer{i}.base_layer_{i}.{word}",
+    lambda i, word: f"one.two.three.four.five.six.seven.{i}.{word}",
+    lambda i, word: f"encoder.{i}.lora_B_like.{word}",
+    lambda i, word: f"{'x' * (i + 1)}.{word}",
 ]
 HEADS = ["head", "classifier", "score", "lm_head", "output.dense", "fc_out", "99"]
 
 
 def size(rng, low=1, high=13):
-    return rng.choice([rng.randint(max(low, 2), high), rng.randint(low, high), 8, 6])
+    wide = [rng.choice([67, 70, 97, 128])] if high > 12 and rng.random() < 0.1 else []
+    return rng.choice(wide * 9 + [rng.randint(max(low, 2), high), rng.randint(low, high), 8, 6])
 
 
 class Names:
@@ -141,10 +176,11 @@ class Names:
         return name
 
 
-def linear_layers(rng, names, width, depth, hf=True, norms=True):
+def linear_layers(rng, names, width, depth, hf=True, norms=True, experts=False):
     """Some layers on a last axis of `width`; the layers and the width behind them."""
     layers = []
     for _ in range(depth):
+        norms = norms and width > 3  # of two numbers it leaves a sign
         kind = rng.choices(["linear", "hf_conv1d", "layernorm"], [6, 2 if hf else 0, 2 if norms else 0])[0]
         if kind == "layernorm":
             word = rng.choice(["ln_1", "norm", "LayerNorm", "input_layernorm"])
@@ -152,7 +188,9 @@ def linear_layers(rng, names, width, depth, hf=True, norms=True):
             continue
         out = rng.choice([size(rng), width])
         layer = {"kind": kind, "name": names.next(), "in": width, "out": out}
-        if kind == "linear":
+        if experts and rng.random() < 0.15:
+            layer.update(kind="experts", experts=rng.randint(1, 4))
+        if layer["kind"] == "linear":
             layer["bias"] = rng.random() < 0.7
         layers.append(layer)
         width = out
@@ -209,7 +247,7 @@ def draw_network(rng, tuner):
         shape = rng.choice([[batch, width], [batch, rng.randint(1, 5), width], [2, 3, 2, width]])
         if tuner != "Lora" and rng.random() < 0.05:  # DoRA of PEFT's makes a row of it
             shape = [width]
-        layers, out = linear_layers(rng, names, width, rng.randint(1, 4))
+        layers, out = linear_layers(rng, names, width, rng.randint(1, 4), experts=tuner == "Lora")
         layers.append(head(rng, out))
     elif family == "tokens":
         rows, heads = rng.randint(4, 20), rng.choice([1, 2, 4])
@@ -222,9 +260,11 @@ def draw_network(rng, tuner):
         has_mha = tuner == "Lora" and rng.random() < 0.35
         if not has_mha and rng.random() < 0.3:
             layer["padding_idx"] = rng.randrange(rows)
+        if rng.random() < 0.15:
+            layer["scale_grad_by_freq"] = True
         if has_mha:
             layers.append(dict(kind="mha", name=names.next(), width=width, heads=heads, bias=rng.random() < 0.7))
-        more, out = linear_layers(rng, names, width, rng.randint(0, 3))
+        more, out = linear_layers(rng, names, width, rng.randint(0, 3), experts=tuner == "Lora")
         layers += [*more, head(rng, out)]
     else:
         kind = {"pictures": "conv2d", "signal": "conv1d", "volume": "conv3d"}[family]
@@ -325,6 +365,15 @@ def own_fields(rng, tuner, layers):
             f["init_lora_weights"] = rng.choice([False, "gaussian", True])
         if chance(0.2) and all(l["kind"] not in ("embedding", "mha") for l in layers.values()):
             f["lora_dropout"] = rng.choice([0.1, 0.3])
+        linear = all(l["kind"] in ("linear", "hf_conv1d") for l in layers.values())
+        if linear and not f["use_dora"] and not f.get("lora_bias") and chance(0.15):
+            most = min(min(l["in"], l["out"]) for l in layers.values())
+            lies = any(l["kind"] == "hf_conv1d" for l in layers.values())
+            init = rng.choice(["pissa", "orthogonal"] if lies else ["pissa", "olora", "orthogonal"])
+            f.update(r=max(1, min(r, most)), init_lora_weights=init)
+            f.pop("rank_pattern", None)
+            if init == "orthogonal":
+                f["r"] += f["r"] % 2
     elif tuner == "AdaLora":
         f = dict(init_r=r, target_r=max(1, r // 2), lora_alpha=alpha, total_step=100, tinit=10, tfinal=20,
                  deltaT=rng.choice([1, 5]), orth_reg_weight=rng.choice([0.5, 0.1]))
@@ -408,7 +457,8 @@ def draw_config(rng, tuner, layers, network):
     fields = name_layers(rng, tuner, chosen, modules, linears)
     others = [n for n in by_name if n not in chosen]
     if others and rng.random() < 0.25 and tuner != "TrainableTokens":
-        fields["modules_to_save"] = [rng.choice([n, suffix(rng, n)]) for n in rng.sample(others, 1)]
+        count = min(len(others), rng.choice([1, 1, 2]))
+        fields["modules_to_save"] = [rng.choice([n, suffix(rng, n)]) for n in rng.sample(others, count)]
     make = getattr(peft, tuner + "Config")
     if tuner == "IA3":
         fields["feedforward_modules"] = []
@@ -441,11 +491,33 @@ def draw_config(rng, tuner, layers, network):
         else:
             names = fields["target_modules"]
             fields["feedforward_modules"] = rng.sample(names, rng.randint(0, len(names)))
+    if tuner == "Lora":
+        more_of_lora(rng, fields, by_name, adapted)
     if any(l["kind"] == "hf_conv1d" for l in (by_name[n] for n in adapted)) and rng.random() < 0.6:
         fields["fan_in_fan_out"] = True
     if tuner in ("LNTuning",):
         fields.pop("fan_in_fan_out", None)
     return fields, {n: by_name[n] for n in adapted}
+
+
+def more_of_lora(rng, fields, by_name, adapted):
+    """Rows of an embedding and parameters of modules that LoRA adapts beside layers."""
+    saved = fields.get("modules_to_save", [])
+    for name, layer in by_name.items():
+        is_saved = any(f".{m}." in f".{name}." for m in saved)
+        if layer["kind"] == "embedding" and name not in adapted and not is_saved and rng.random() < 0.3:
+            tokens = rng.sample(range(layer["rows"]), rng.randint(1, min(4, layer["rows"])))
+            fields["trainable_token_indices"] = (
+                tokens if name.endswith("embed_tokens") and rng.random() < 0.5 else {suffix(rng, name): tokens}
+            )
+        hidden = "base_layer" in name  # from PEFT, which drops the word
+        if layer["kind"] == "experts" and not is_saved and not hidden and rng.random() < 0.8:
+            if {"lora_dropout", "lora_bias"} & set(fields) or fields["use_dora"]:
+                continue
+            entry = rng.choice([name, suffix(rng, name)]) + ".stack"
+            fields["target_parameters"] = sorted({*fields.get("target_parameters", []), entry})
+    if "target_parameters" in fields and rng.random() < 0.3:
+        fields["rank_pattern"] = {fields["target_parameters"][0]: rng.choice([1, 2, 3])}
 
 
 def is_convolution(layer):
@@ -514,17 +586,25 @@ def randomise(model, tuner, seed):
 
 
 class Case:
-    def __init__(self, seed, tuners):
+    def __init__(self, seed, tuners, dtype=None):
         rng = self.rng = random.Random(seed)
         self.seed = seed
         self.tuner = rng.choice(tuners)
         self.dtype = rng.choices(
             [torch.float32, torch.bfloat16, torch.float16, torch.float64], [72, 13, 9, 6])[0]
+        if dtype:
+            self.dtype = getattr(torch, dtype)
+        wanted = self.dtype
         for _ in range(100):
             self.layers, self.shape = draw_network(rng, self.tuner)
             drawn = draw_config(rng, self.tuner, self.layers, Net(self.layers))
             if drawn:
                 self.fields, self.adapted = drawn
+                # Of float64 PEFT rounds these to float32 on the way.
+                rounds = self.tuner in ("FourierFT", "LoHa") or self.fields.get("coft")
+                rounds = rounds and wanted == torch.float64
+                decomposes = self.fields.get("init_lora_weights") in ("pissa", "olora", "orthogonal")
+                self.dtype = torch.float32 if rounds or decomposes else wanted
                 self.trust = trusted(self.tuner, self.fields, self.adapted)
                 if self.trust:
                     break
@@ -534,6 +614,74 @@ class Case:
         self.train = bool(dropouts) and rng.random() < 0.7
         self.name = rng.choice(["default", "default", "german", "a_b", "v2"])
         self.optimizer = rng.choice(["sgd", "adamw"])
+        self.edit = self.draw_edit(rng)
+        self.has_second = (
+            self.tuner in ("Lora", "LoHa", "LoKr", "FourierFT", "IA3", "HRA", "OFT")
+            and self.dtype in (torch.float32, torch.float64)
+            and isinstance(self.trust, list) and "output" in self.trust
+            and not {"modules_to_save", "trainable_token_indices"} & set(self.fields)
+            and self.fields.get("bias", "none") == "none"
+            and not isinstance(self.fields.get("init_lora_weights"), str)
+            and not self.fields.get("use_dora")  # two are neither a sum nor PEFT's own merge
+            and rng.random() < 0.4
+        )
+
+    def draw_edit(self, rng):
+        if rng.random() < 0.8 or self.tuner == "Shira":
+            return ""
+        edits = ["bin", "float16", "bfloat16", "no_prefix", "named_keys"]
+        return rng.choice(edits + ["refused"] * (self.tuner == "Lora"))
+
+    def apply_edit(self, folder, saved):
+        """Another form of the same file; returns the words of a refusal."""
+        weights = saved / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        if self.edit in ("float16", "bfloat16"):
+            return ""
+        shutil.copytree(saved, folder / "original")
+        shutil.copy(weights, folder / "original.safetensors")
+        if self.edit == "bin":
+            torch.save(tensors, saved / "adapter_model.bin")
+            weights.unlink()
+        elif self.edit == "no_prefix":
+            if not any(layer.get("name", "").startswith(("base_model", "model.")) for layer in self.layers):
+                save_file({k.removeprefix(PREFIX): v for k, v in tensors.items()}, weights)
+        elif self.edit == "named_keys":
+            ends = (".lora_A.weight", ".lora_B.weight")
+            named = lambda k: k[: -len(".weight")] + f".{self.name}.weight" if k.endswith(ends) else k
+            save_file({named(k): v for k, v in tensors.items()}, weights)
+        elif self.edit == "refused":
+            change, word = self.rng.choice([
+                ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+                ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+                ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
+                ({"use_qalora": True}, "use_qalora is set"),
+                ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+                ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set"),
+                ({"r": 0}, "r must be positive"),
+                ({"r": self.fields["r"] + 40, "rank_pattern": {}}, "shape"),
+                ({"target_modules": ["no_such_layer"]}, "matches nothing"),
+            ])
+            path = saved / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+            return word
+        return ""
+
+    def second(self, saved, folder):
+        """Another adapter on the same layers, and the output of both."""
+        fields = copy.deepcopy(self.fields)
+        if "r" in fields and self.tuner != "OFT":
+            fields["r"] = max(1, fields["r"] - 1)
+        fields.pop("rank_pattern", None)
+        torch.manual_seed(self.seed + 8)
+        model = peft.get_peft_model(self.network(), getattr(peft, self.tuner + "Config")(**fields))
+        randomise(model, self.tuner, self.seed + 9)
+        model.save_pretrained(folder / "second")
+        (folder / "second" / "README.md").unlink(missing_ok=True)
+        model = self.load(saved)
+        model.load_adapter(folder / "second", "second")
+        model.base_model.set_adapter(["default", "second"])
+        return model.eval()
 
     def network(self):
         torch.manual_seed(self.seed)
@@ -631,6 +779,10 @@ class Case:
             shutil.move(folder / "named", saved)
         if (saved / "README.md").exists():
             (saved / "README.md").unlink()
+        if self.edit in ("float16", "bfloat16"):
+            weights = saved / "adapter_model.safetensors"
+            rounded = lambda t: t.to(getattr(torch, self.edit)) if t.is_floating_point() else t
+            save_file({k: rounded(v) for k, v in load_file(weights).items()}, weights)
         x = draw_input(self.rng, self.layers, self.shape, self.dtype, self.seed)
         with torch.no_grad():
             plain = self.network()(x)
@@ -639,6 +791,8 @@ class Case:
         tensors, exact = {}, {}
         if self.trust == "equations":
             exact, exact_merged = self.equations(saved, wide(x), wide(target), torch.float64)
+            if self.dtype in (torch.bfloat16, torch.float16):  # nobody's rounding to compare with
+                exact = {"output": exact["output"]}
             tensors = {k: v.to(torch.float32 if not k == "output" else self.dtype) for k, v in exact.items()}
             tensors.update({"merged." + k: v.to(self.dtype) for k, v in exact_merged.items()})
             exact.update({"merged." + k: v for k, v in exact_merged.items()})
@@ -657,6 +811,9 @@ class Case:
                     with torch.no_grad():
                         tensors["output"] = model(x)
                         exact["output"] = model_exact(wide(x))
+        if self.has_second:
+            with torch.no_grad():
+                tensors["both"] = self.second(saved, folder)(x)
         assert all(v.isfinite().all() for v in tensors.values()), "not finite"
         trainable = sum(p.numel() for p in self.load(saved).parameters() if p.requires_grad)
         base = {k: v.detach().clone() for k, v in network_parameters(self.network()).items()}
@@ -671,6 +828,11 @@ class Case:
             adapted=sorted(self.adapted), fields=repr(self.fields),
             merges=any(key.startswith("merged.") for key in tensors),
         )
+        if self.edit:
+            facts["edit"] = self.edit
+            word = self.apply_edit(folder, saved)
+            if word:
+                facts["refusal"] = word
         (folder / "case.json").write_text(json.dumps(facts, indent=1) + "\n")
         return folder
 
@@ -689,7 +851,7 @@ def make(arguments):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                case = Case(seed, arguments.tuner)
+                case = Case(seed, arguments.tuner, arguments.dtype)
                 case.write(arguments.folder)
             count += 1
         except Exception as error:  # PEFT cannot make this one
@@ -747,7 +909,8 @@ def check_one(folder, facts):
     said += [f"unexpected in our file: {sorted(extra)[:3]}"] if extra else []
     said += [f"missing in our file: {sorted(lacking)[:3]}"] if lacking else []
     numbers = load_file(folder / "expected.safetensors")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(fresh(facts, folder)), folder / "adapter").eval()
+    given = folder / ("original" if (folder / "original").exists() else "adapter")
+    theirs = peft.PeftModel.from_pretrained(fresh(facts, folder), given).eval()
     with torch.no_grad():
         if not torch.equal(model(numbers["input"]), theirs(numbers["input"])):
             said.append("PEFT's output of our file is not that of its own")
@@ -770,6 +933,7 @@ def main():
     commands.choices["make"].add_argument("--first", type=int, default=0)
     commands.choices["make"].add_argument("--count", type=int, default=100)
     commands.choices["make"].add_argument("--tuner", nargs="+", default=list(KINDS), choices=list(KINDS))
+    commands.choices["make"].add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"])
     commands.choices["make"].add_argument("--verbose", action="store_true")
     commands.choices["check"].add_argument("--lines", type=int, default=4)
     commands.choices["check"].add_argument("--width", type=int, default=240)
