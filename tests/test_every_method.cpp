@@ -198,6 +198,7 @@ std::vector<Method> every_method() {
           {bert, llama, t5}),
       true,
       true);
+  add(method("VeLoRA", lora().velora(peft::VeloraOptions()), all), true, true);
   add(method("AdaLoRA", peft::AdaLoraOptions(10).init_r(2), all), true, true);
   add(method("VeRA", peft::VeraOptions(3), all), true, true);
   add(method(
