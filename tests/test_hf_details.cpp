@@ -240,4 +240,22 @@ TEST_CASE("The name that meant an attention stays in the config", "[file]") {
       nlohmann::json(std::vector<std::string>{"attn"}));
 }
 
+TEST_CASE("(IA)3 keeps a feed-forward name that is excluded", "[file]") {
+  Named model({"query", "fc"}), other({"query", "fc"});
+  const TemporaryDirectory folder, again;
+  peft::save(
+      peft::attach(
+          model,
+          peft::Ia3Options()
+              .targets({"query", "fc"})
+              .feedforward({"fc"})
+              .exclude({"fc"})),
+      folder.path().string());
+  CHECK(
+      config_in(folder)["feedforward_modules"] ==
+      nlohmann::json(std::vector<std::string>{"fc"}));
+  peft::save(peft::load(other, folder.path().string()), again.path().string());
+  CHECK(config_in(again) == config_in(folder));
+}
+
 } // namespace test_hf_details

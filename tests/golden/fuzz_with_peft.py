@@ -131,8 +131,9 @@ def build_layer(layer):
 WORDS = (
     "query key value q_proj k_proj v_proj o_proj dense fc fc1 c_attn c_fc c_proj proj lin conv conv1 "
     "conv_in to_q to_v wi_0 wo up down gate_proj in_layers q v Wq linear_1 attn2 weight_proj bias_net "
-    "lora_A lora base_layer2 default adapter weight1 _q Q2_K a 0_1 modules_to_save_x w.w parametrizations"
+    "lora_A lora base_layer2 adapter weight1 _q Q2_K a 0_1 modules_to_save_x w.w parametrizations"
 ).split()
+# None is called "default": PEFT drops an adapter's name wherever it stands in a key.
 STYLES = [
     lambda i, word: f"encoder.layer.{i}.{word}",
     lambda i, word: f"bert.encoder.layer.{i}.attention.self.{word}",
@@ -827,6 +828,9 @@ class Case:
             train=self.train, seed=self.seed, optimizer=self.optimizer, trainable=trainable,
             adapted=sorted(self.adapted), fields=repr(self.fields),
             merges=any(key.startswith("merged.") for key in tensors),
+            # LoRA of PEFT's on a dilated convolution fails.
+            peft_runs=self.tuner != "Lora"
+            or all(set(l.get("dilation", [1])) == {1} for l in self.adapted.values()),
         )
         if self.edit:
             facts["edit"] = self.edit
@@ -908,6 +912,8 @@ def check_one(folder, facts):
     lacking = {k for k in wanted - present if not any(part in k for part in repeats)}
     said += [f"unexpected in our file: {sorted(extra)[:3]}"] if extra else []
     said += [f"missing in our file: {sorted(lacking)[:3]}"] if lacking else []
+    if not facts.get("peft_runs", True):
+        return said
     numbers = load_file(folder / "expected.safetensors")
     given = folder / ("original" if (folder / "original").exists() else "adapter")
     theirs = peft.PeftModel.from_pretrained(fresh(facts, folder), given).eval()

@@ -82,9 +82,9 @@ class Ia3Format final : public AdapterFormat {
     const auto write_field = [&](const char* field,
                                  const Targets& chosen,
                                  const std::vector<std::string>& names) {
-      const bool in_words = chosen.kind() == Targets::Kind::regex ||
-          chosen.kind() == Targets::Kind::list;
-      if (in_words && !names.empty()) {
+      const bool in_words = chosen.kind() == Targets::Kind::list ||
+          (chosen.kind() == Targets::Kind::regex && !names.empty());
+      if (in_words) {
         write_targets(config, field, chosen);
       } else {
         config.set(field, names);
