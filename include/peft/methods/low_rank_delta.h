@@ -80,7 +80,8 @@ class LowRankDelta : public FormulaDelta<Derived> {
   /// Those of the matrix that a call reads: of a weight [in, out], of some
   /// rows, of its transpose.
   Factors as_used(Factors factors, const LinearCall& call) const {
-    auto& [down, up] = factors;
+    Tensor& down = factors.first;
+    Tensor& up = factors.second;
     const auto turn = [&] { // (up down)ᵀ = downᵀ upᵀ
       std::swap(down, up);
       down = down.t();
