@@ -1,7 +1,7 @@
 """The table of docs/hf_peft.md: every tuner on every kind of layer, in libpeft and in HF PEFT.
 
     pip install -r requirements.txt
-    python make_table.py cases             # data/table: PEFT's files and numbers, and how PEFT does
+    python make_table.py cases [TUNER ...] # data/table: PEFT's files and numbers, and how PEFT does
     PEFT_TABLE_RESULTS=ours.json ctest -R test_hf_table   # how libpeft does
     python make_table.py found             # data/table/found_*: what random cases once found
     python make_table.py write ours.json   # both into docs/hf_peft.md
@@ -20,6 +20,7 @@ from pathlib import Path
 import fuzz_with_peft as fuzz
 import peft
 import torch
+from peft.tuners import lora
 from torch import nn
 
 DATA = Path(__file__).resolve().parent / "data" / "table"
@@ -71,6 +72,12 @@ TUNERS = {
     "LoRA, PiSSA": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="pissa")),
     "LoRA, OLoRA": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="olora")),
     "LoRA, orthogonal": ("Lora", dict(r=2, lora_alpha=4, init_lora_weights="orthogonal")),
+    "LoRA, KaSA": ("Lora", dict(r=2, lora_alpha=4, kasa_config=lora.KasaConfig())),
+    "LoRA, BD-LoRA": (
+        "Lora", dict(r=2, lora_alpha=4, use_bdlora=lora.BdLoraConfig(target_modules_bd_b=["layer"], nblocks=2))),
+    "LoRA, MonteCLoRA": (
+        "Lora", dict(r=2, lora_alpha=4, monteclora_config=lora.MontecloraConfig(num_samples=2, buffer_size=4))),
+    "LoRA, VeLoRA": ("Lora", dict(r=2, lora_alpha=4, velora_config=lora.VeloraConfig(num_groups=3))),
     "DoRA": ("Lora", dict(r=2, lora_alpha=4, use_dora=True)),
     "AdaLoRA": ("AdaLora", dict(init_r=2, target_r=1, lora_alpha=4, total_step=100, tinit=10, tfinal=20)),
     "VeRA": ("Vera", dict(r=3)),
@@ -100,6 +107,10 @@ SOME_LAYERS = {
     "LoRA, PiSSA": ["Linear", "Conv1D of GPT-2"],
     "LoRA, OLoRA": ["Linear"],
     "LoRA, orthogonal": ["Linear", "Conv1D of GPT-2"],
+    "LoRA, KaSA": ["Linear"],
+    "LoRA, BD-LoRA": ["Linear"],
+    "LoRA, MonteCLoRA": ["Linear", "Conv1D of GPT-2"],
+    "LoRA, VeLoRA": ["Linear", "Conv1D of GPT-2"],
     "BEFT": ["Linear", "Linear without bias"],
     "SHiRA": ["Linear"],
 }
@@ -140,6 +151,7 @@ class FixedCase(fuzz.Case):
         self.trust = fuzz.trusted(self.tuner, self.fields, self.adapted)
         self.seed, self.dtype, self.rng = 3, dtype, random.Random(3)
         self.train, self.name, self.optimizer = train, "default", "sgd"
+        self.edit, self.has_second = "", False
 
 
 def relative(left, right):
@@ -262,8 +274,12 @@ class Answers:
         return result
 
 
-def write_cases():
-    shutil.rmtree(DATA, ignore_errors=True)
+def write_cases(chosen):
+    """Those of the `chosen` tuners; without any, all of the folder anew."""
+    if not chosen:
+        shutil.rmtree(DATA, ignore_errors=True)
+    known = {} if not chosen else {
+        (row["tuner"], row["layer"]): row for row in json.loads((DATA / "peft.json").read_text())}
     answers = []
     for tuner in TUNERS:
         for layer in LAYERS:
@@ -273,9 +289,13 @@ def write_cases():
                 continue
             if "effective" in tuner and not layer.startswith("Conv"):
                 continue
+            if chosen and tuner not in chosen:
+                answers.append(known[tuner, layer])
+                continue
             case = FixedCase(*TUNERS[tuner], layer)
             name = slug(f"{tuner} on {layer}")
             row = {"tuner": tuner, "layer": layer, "case": name}
+            shutil.rmtree(DATA / name, ignore_errors=True)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -286,7 +306,8 @@ def write_cases():
                 row["peft"] = {"no": type(error).__name__, "why": str(error)[:160]}
             answers.append(row)
             print(f"{tuner:28s} {layer:20s}", row["peft"])
-    write_found()
+    if not chosen:
+        write_found()
     (DATA / "peft.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -336,8 +357,8 @@ def write_document(ours):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["cases"]:
-        write_cases()
+    if sys.argv[1:2] == ["cases"]:
+        write_cases(sys.argv[2:])
     elif sys.argv[1:] == ["found"]:
         write_found()
     else:
