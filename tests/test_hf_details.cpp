@@ -46,6 +46,36 @@ void check_half(torch::ScalarType dtype, Options options) {
   }
 }
 
+/// Two adapters at once are the same function in training (with a dropout that
+/// drops nothing), in evaluation and merged.
+template <class Options>
+void check_two(Options options) {
+  seed(4);
+  torch::nn::Linear layer(6, 5);
+  layer->to(torch::kDouble);
+  options.targets(peft::Targets({""}));
+  auto one = peft::attach(*layer, options, "one");
+  auto two = peft::attach(*layer, options, "two");
+  INFO(one.method());
+  {
+    torch::NoGradGuard no_grad;
+    for (auto* adapter : {&one, &two}) {
+      for (auto p : adapter->parameters()) {
+        p.add_(0.3 * torch::randn_like(p));
+      }
+    }
+  }
+  const Tensor x = torch::randn({4, 6}, torch::kDouble);
+  layer->train();
+  const Tensor trained = layer->forward(x).detach();
+  layer->eval();
+  const Tensor evaluated = layer->forward(x).detach();
+  CHECK(torch::allclose(trained, evaluated, 1e-9, 1e-9));
+  one.merge();
+  two.merge();
+  CHECK(torch::allclose(layer->forward(x), evaluated, 1e-12, 1e-12));
+}
+
 /// Layers by name; nothing is run.
 struct Named : torch::nn::Module {
   explicit Named(const std::vector<std::string>& names) {
@@ -67,6 +97,40 @@ TEST_CASE("Beside half precision a large update is rounded once", "[tuner]") {
     check_half(dtype, peft::FourierFtOptions(20));
     check_half(dtype, peft::LoHaOptions(3));
   }
+}
+
+TEST_CASE("Two adapters are one function, merged or not", "[tuner]") {
+  check_two(peft::LoraOptions(2).dora(true).dropout(1e-12));
+  check_two(peft::OftOptions().oft_block_size(3));
+}
+
+TEST_CASE("module_dropout of OFT leaves blocks unrotated", "[tuner]") {
+  seed(5);
+  torch::nn::Linear layer(torch::nn::LinearOptions(8, 8).bias(false));
+  auto adapter = peft::attach(
+      *layer,
+      peft::OftOptions().oft_block_size(2).module_dropout(0.5).targets(
+          peft::Targets({""})));
+  torch::NoGradGuard no_grad;
+  layer->weight.copy_(torch::eye(8));
+  for (auto p : adapter.parameters()) {
+    p.fill_(0.2);
+  }
+  const Tensor x = torch::randn({3, 8});
+  // Of the four blocks, those that come out as they went in.
+  const auto still = [&] {
+    return (layer->forward(x) == x).view({3, 4, 2}).all(2).all(0);
+  };
+  layer->train();
+  Tensor ever = still();
+  for (int i = 0; i < 20; ++i) {
+    const Tensor now = still();
+    CHECK(now.sum().item<int64_t>() == 2);
+    ever = ever | now;
+  }
+  CHECK(ever.all().item<bool>());
+  layer->eval();
+  CHECK_FALSE(still().any().item<bool>());
 }
 
 TEST_CASE("VeRA's draws have the precision of the weights", "[tuner]") {
