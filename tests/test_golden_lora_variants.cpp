@@ -155,12 +155,7 @@ TEST_CASE("lora variants: MonteCLoRA draws in training what HF PEFT draws") {
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~ the other direction ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 TEST_CASE("lora variants: adapters are written for HF PEFT to read") {
-  const TemporaryDirectory own;
-  const char* wanted = std::getenv("PEFT_REVERSE_DIR");
-  const fs::path root = wanted != nullptr ? fs::path(wanted) : own.path();
-  if (wanted != nullptr) {
-    fs::remove_all(root);
-  }
+  const golden_case::ReverseFolder root;
   const auto write = [&](const std::string& name,
                          const std::string& golden_name,
                          const peft::LoraOptions& options,

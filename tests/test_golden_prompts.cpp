@@ -332,7 +332,7 @@ namespace {
 /// are those of the golden case `like`, as PEFT was given them.
 template <class Options>
 void write(
-    const fs::path& root,
+    const golden_case::ReverseFolder& root,
     const std::string& name,
     const std::string& like,
     const Options& options) {
@@ -381,11 +381,7 @@ TEST_CASE(
     "multitask prompts, CPT and cartridges are written for PEFT to read") {
   using peft::CartridgeOptions;
   using peft::MultitaskPromptOptions;
-  const TemporaryDirectory own;
-  const char* wanted = std::getenv("PEFT_REVERSE_DIR");
-  const fs::path root =
-      (wanted != nullptr ? fs::path(wanted) : own.path()) / "prompts";
-  fs::remove_all(root);
+  const golden_case::ReverseFolder root;
   const std::vector<std::string> head{"classifier"};
   write(
       root,

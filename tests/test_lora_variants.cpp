@@ -666,8 +666,8 @@ TEST_CASE("BD-LoRA finds its factors by the layers' own names") {
                           .target_modules_bd_a({"c1"})
                           .target_modules_bd_b({"fc2"})
                           .nblocks(2);
-  const auto options = [](const peft::BdLoraOptions& blocks) {
-    return peft::LoraOptions(4).bd_lora(blocks).targets(
+  const auto options = [](const peft::BdLoraOptions& own) {
+    return peft::LoraOptions(4).bd_lora(own).targets(
         peft::Targets::all_linear());
   };
   REQUIRE(contains(

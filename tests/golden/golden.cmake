@@ -1,6 +1,6 @@
 # The other direction of the golden files: the tests listed here write
-# adapters, HF PEFT and adapters load them. Skipped where Python has no peft or no adapters; the two need different versions of
-# transformers.
+# adapters, HF PEFT and adapters load them. Skipped where Python has no peft or
+# no adapters; the two need different versions of transformers.
 
 set(PEFT_TEST_PYTHON "" CACHE FILEPATH
     "Python with golden/requirements.txt installed, to check adapters with HF PEFT")
@@ -11,12 +11,23 @@ if(NOT _python)
   set(_python "${PEFT_PYTHON3}")
 endif()
 
+option(PEFT_TEST_INSTALL_PEFT
+       "Let pip install HF PEFT for the tests of files (5 GB)" OFF)
+set(_packages "")
+if(PEFT_TEST_INSTALL_PEFT AND _python AND NOT PEFT_TEST_PYTHON)
+  set(_packages "${PEFT_DEPS_DIR}/test-python")
+  add_custom_target(peft_install_peft ALL
+    COMMAND "${CMAKE_COMMAND}" "-DFOLDER=${_packages}" "-DPYTHON=${_python}"
+            -P "${CMAKE_CURRENT_LIST_DIR}/install_peft.cmake"
+    VERBATIM)
+endif()
+
 set(PEFT_TEST_ADAPTERS_PYTHON "" CACHE FILEPATH
     "Python with golden/requirements_adapter_hub.txt installed")
 
 set(_reverse "${CMAKE_CURRENT_BINARY_DIR}/adapters_for_peft")
 foreach(_test golden_lora golden_lora_init golden_lora_variants
-    golden_tuners golden_parameters golden_hosts golden_additive
+    golden_tuners golden_parameters golden_hosts golden_additive golden_prompts
     golden_adapters weighted convert_to_lora)
   string(REPLACE "golden_" "" _kind ${_test})
   set_property(TEST test_${_test} APPEND PROPERTY
@@ -33,7 +44,8 @@ if(_python)
             "${_reverse}/lora" "${_reverse}/lora_init"
             "${_reverse}/lora_variants" "${_reverse}/tuners"
             "${_reverse}/parameters" "${_reverse}/hosts"
-            "${_reverse}/additive/peft" "${_reverse}/adapters"
+            "${_reverse}/additive/peft" "${_reverse}/prompts"
+            "${_reverse}/adapters"
             "${_reverse}/weighted" "${_reverse}/convert_to_lora")
   set_tests_properties(check_with_peft PROPERTIES
     FIXTURES_REQUIRED adapters_for_peft
@@ -46,6 +58,10 @@ if(_python)
     FIXTURES_REQUIRED adapters_for_gguf
     SKIP_RETURN_CODE 77
     TIMEOUT 600)
+  if(_packages)
+    set_tests_properties(check_with_peft check_gguf PROPERTIES
+      ENVIRONMENT "PYTHONPATH=${_packages};OMP_NUM_THREADS=1")
+  endif()
 endif()
 if(PEFT_TEST_ADAPTERS_PYTHON)
   add_test(NAME check_with_adapters

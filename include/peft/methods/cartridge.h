@@ -58,15 +58,15 @@ class CartridgeDelta final : public KeyValueTable {
  public:
   /// Draws on the CPU in PyTorch's order, the frozen rows first.
   CartridgeDelta(
-      PrefixOptions options_,
-      const ExtraTokensOptions& stack_,
-      int64_t num_frozen_tokens)
-      : KeyValueTable(std::move(options_), stack_) {
+      PrefixOptions prefix,
+      const ExtraTokensOptions& place,
+      int64_t frozen_tokens)
+      : KeyValueTable(std::move(prefix), place) {
     frozen_embedding = register_buffer(
-        "frozen_embedding", torch::randn({num_frozen_tokens, columns()}));
+        "frozen_embedding", torch::randn({frozen_tokens, columns()}));
     trainable_embedding = register_parameter(
         "trainable_embedding",
-        torch::randn({num_virtual_tokens() - num_frozen_tokens, columns()}));
+        torch::randn({num_virtual_tokens() - frozen_tokens, columns()}));
   }
 
   Tensor table() const override {
@@ -127,9 +127,8 @@ class CartridgeDelta final : public KeyValueTable {
 
  private:
   Tensor whole(const Tensor& trained) const {
-    return num_frozen_tokens() == 0
-        ? trained
-        : at::cat({frozen_embedding, trained}, 0);
+    return num_frozen_tokens() == 0 ? trained
+                                    : at::cat({frozen_embedding, trained}, 0);
   }
 };
 

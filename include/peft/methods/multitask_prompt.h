@@ -294,8 +294,9 @@ inline Plan plan(
   }
   Plan result;
   result.method = "MULTITASK_PROMPT_TUNING";
-  result.options =
-      MultitaskPromptOptions(options).source(MultitaskPromptOptions::Tensors()).task_type(places.task_type);
+  result.options = MultitaskPromptOptions(options)
+                       .source(MultitaskPromptOptions::Tensors())
+                       .task_type(places.task_type);
   plan_table(delta, places, result.sites);
   for (auto& site : result.sites) { // HF PEFT knows both stacks of this one
     site.file_prefix = "";

@@ -44,10 +44,10 @@ class PrefixDelta final : public KeyValueTable {
   /// Draws the parameters on the CPU in PyTorch's order. `is_projected` false:
   /// the table alone.
   PrefixDelta(
-      PrefixOptions options_,
-      const ExtraTokensOptions& stack_,
+      PrefixOptions prefix,
+      const ExtraTokensOptions& place,
       bool is_projected)
-      : KeyValueTable(std::move(options_), stack_) {
+      : KeyValueTable(std::move(prefix), place) {
     using torch::nn::Linear;
     embedding = register_module(
         "embedding",

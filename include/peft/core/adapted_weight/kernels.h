@@ -342,8 +342,8 @@ inline Tensor adapted_convolution(
           rows,
           w,
           b,
-          [&](const Tensor& a, const Tensor& value, const auto& bias) {
-            return functional::convolution(a, value, bias, args);
+          [&](const Tensor& a, const Tensor& value, const auto& added) {
+            return functional::convolution(a, value, added, args);
           });
     });
   };
