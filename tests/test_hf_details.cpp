@@ -133,6 +133,34 @@ TEST_CASE("module_dropout of OFT leaves blocks unrotated", "[tuner]") {
   CHECK_FALSE(still().any().item<bool>());
 }
 
+TEST_CASE("OFT's gradient is of the rows that are looked up", "[tuner]") {
+  const auto gradient = [](torch::nn::EmbeddingOptions options) {
+    seed(6);
+    torch::nn::Embedding table(options);
+    table->to(torch::kDouble);
+    {
+      torch::NoGradGuard no_grad; // padding_idx has made zeros of its row
+      table->weight.normal_();
+    }
+    auto adapter = peft::attach(
+        *table,
+        peft::OftOptions().oft_block_size(2).init_weights(false).targets(
+            peft::Targets({""})));
+    const Tensor ids = torch::tensor({3, 1, 3, 0, 3, 1}, torch::kLong);
+    const Tensor y = table->forward(ids);
+    CHECK(torch::allclose(
+        y.detach(), peft::effective(table->weight).detach().index({ids})));
+    y.pow(3).sum().backward();
+    return adapter.parameters().front().grad();
+  };
+  const torch::nn::EmbeddingOptions plain(5, 4);
+  const Tensor expected = gradient(plain);
+  CHECK(expected.abs().min().item<double>() > 1e-3);
+  auto frequent = plain, padded = plain;
+  CHECK(torch::equal(gradient(frequent.scale_grad_by_freq(true)), expected));
+  CHECK(torch::equal(gradient(padded.padding_idx(3)), expected));
+}
+
 TEST_CASE("VeRA's draws have the precision of the weights", "[tuner]") {
   const auto file_of = [](torch::ScalarType dtype) {
     torch::nn::Linear layer(4, 6);

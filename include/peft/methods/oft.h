@@ -104,6 +104,23 @@ class OftDelta final : public FormulaDelta<OftDelta> {
          call.transposed});
   }
 
+  bool has_embedding() const override {
+    return config_.is_embedding;
+  }
+  /// Rotates the rows that were looked up: as in HF padding_idx and
+  /// scale_grad_by_freq, which are about the table, change no gradient of R.
+  Tensor embedding(
+      const EmbeddingCall& call,
+      const Below<EmbeddingCall>& below,
+      double scale) const override {
+    const Tensor y = below(call);
+    const Tensor R = rotations();
+    const Tensor rows = y.to(R.scalar_type());
+    const Tensor rotated = functional::times_blocks(rows, R);
+    return (scale == 1.0 ? rotated : rows + (rotated - rows) * scale)
+        .to(y.scalar_type());
+  }
+
   std::string describe() const override {
     return "oft b=" + std::to_string(config_.block);
   }
