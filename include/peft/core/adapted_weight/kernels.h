@@ -236,8 +236,8 @@ inline Tensor addmm_kernel(
                 own,
                 w,
                 b,
-                [](const Tensor& a, const Tensor& value, const auto& bias) {
-                  return at::addmm(*bias, a, value);
+                [](const Tensor& a, const Tensor& value, const auto& added) {
+                  return at::addmm(*added, a, value);
                 });
           });
   };
