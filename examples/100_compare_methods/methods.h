@@ -248,8 +248,13 @@ inline StepHooks kasa_hooks(const peft::Adapter& adapter) {
   return {[adapter] { peft::kasa_regularization(adapter).backward(); }, {}};
 }
 inline StepHooks monteclora_hooks(const peft::Adapter& adapter) {
-  return {
-      [adapter] { peft::monteclora_regularization(adapter).backward(); }, {}};
+  const auto add_gradient = [adapter] {
+    const auto divergence = peft::monteclora_regularization(adapter);
+    if (divergence.defined()) { // not where a step runs in evaluation mode
+      divergence.backward();
+    }
+  };
+  return {add_gradient, {}};
 }
 
 /// The embeddings of the tokens that the texts have most, within the budget.
